@@ -1,0 +1,405 @@
+"""The walk: which slices of which weights live and die together.
+
+`Channels(model)` visits every call in the graph once, asks its rule for labels, and keeps them. Everything else
+(rows to score, cost, zeroing, cutting) is a lookup in these labels.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from operator import attrgetter
+
+import keras
+import numpy as np
+
+from keras_prune.rules import Call, Fence, Ids, Labels, Ledger, find_rule
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One labelled weight.
+
+    Attributes:
+        variable: the Keras variable.
+        layer: the layer it belongs to; `name` its attribute path there.
+        axes: per axis the 1-D ids, or None.
+        reads: per axis whether the layer reads these units (its input) rather than making them.
+    """
+
+    variable: keras.Variable
+    layer: keras.layers.Layer
+    name: str
+    axes: tuple[Ids | None, ...]
+    reads: tuple[bool, ...]
+
+    @property
+    def is_kernel(self) -> bool:
+        return "kernel" in self.name and len(self.axes) >= 2
+
+    @property
+    def is_statistic(self) -> bool:
+        """Running statistics follow the data; they carry no message."""
+        return self.name.startswith("moving_")
+
+
+@dataclass(frozen=True)
+class Member:
+    """An axis of a weight on which a group's units appear, `slices` times each."""
+
+    weight: Weight
+    axis: int
+    slices: int
+
+    @property
+    def reads(self) -> bool:
+        return self.weight.reads[self.axis]
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units with the same members: they compete with each other.
+
+    Attributes:
+        index: its place in `Channels.groups`.
+        units: ids, shape (units,).
+        members: where they appear.
+    """
+
+    index: int
+    units: Ids
+    members: tuple[Member, ...]
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    @property
+    def producers(self) -> list[Member]:
+        """Kernel axes that make the units; where there is none, all members that make them."""
+        makers = [m for m in self.members if not m.reads and not m.weight.is_statistic]
+        kernels = [m for m in makers if m.weight.is_kernel]
+        return kernels or makers
+
+    @property
+    def slices(self) -> int:
+        """Channels per unit where they are made: what a width grid has to be divided by."""
+        return min((m.slices for m in self.producers), default=1)
+
+    @property
+    def name(self) -> str:
+        """The layers that make the units, at most three of them in words."""
+        names = list(dict.fromkeys(m.weight.layer.name for m in self.producers)) or ["(constant channels)"]
+        return ", ".join(names[:3]) + (f" +{len(names) - 3}" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Term:
+    """Multiply-accumulates of one call: `factor` x the product of what survives on each axis."""
+
+    axes: tuple[Ids | None, ...]
+    sizes: tuple[int, ...]
+    factor: int
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """One output of one call: ids, known shape without the batch, and when it is made and last used."""
+
+    ids: Ids
+    shape: tuple[int, ...]
+    made: int
+    last_used: int
+
+
+class Channels:
+    """Labels on every axis of every weight of a model.
+
+    Args:
+        model: a built Functional or Sequential model, of any depth of nesting. It is not changed.
+
+    Attributes:
+        weights: labelled weights.
+        groups: prunable groups, in the order of the network.
+        fences: layers across which nothing is removed, each with the reason.
+        uncounted: layers whose MACs nobody knows (no rule).
+        has_unknown_lengths: whether some axis besides the batch has no fixed length; it is counted as 1.
+
+    Raises:
+        TypeError: not a Keras model.
+        ValueError: not built, or subclassed: there is no graph to walk.
+    """
+
+    def __init__(self, model: keras.Model):
+        check_model(model)
+        self.model = model
+        self._raw_fences: list[tuple[Fence, Ids]] = []
+        self.uncounted: list[str] = []
+        self.has_unknown_lengths = False
+        self._ledger = Ledger()
+        self._raw_weights: dict[int, tuple] = {}
+        self._raw_terms: list[tuple] = []
+        self._raw_tensors: list[list] = []
+        self._tensor_of: dict[int, list] = {}  # id of an ids array -> the tensor that carries it now
+        self._edits: dict[int, dict] = {}
+        self._call_edits: dict[int, dict] = {}
+        self._ids_of: dict[int, Ids] = {}
+        self._time = 0
+        graph = graph_of(model)
+        inputs = [np.zeros((1,) * len(t.shape), int) for t in graph.inputs]
+        outputs = self._walk(graph, inputs)
+        for ids in outputs:
+            self._ledger.tie(ids, 0)
+        # A softmax over the model's own outputs costs nothing: they are frozen anyway.
+        out = np.concatenate([ids.ravel() for ids in outputs])
+        self.fences = list(dict.fromkeys(
+            fence for fence, ids in self._raw_fences if not ids.any() or not np.isin(ids, out).all()))
+        self._resolve()
+
+    # -- the walk ------------------------------------------------------------------------------------------------
+
+    def _walk(self, graph, inputs: list[Ids]) -> list[Ids]:
+        values = {id(t): ids for t, ids in zip(graph.inputs, inputs)}
+        for tensor, ids in zip(graph.inputs, inputs):
+            self._know(tensor, ids)
+        for node in nodes_of(graph):
+            operation = node.operation
+            args, kwargs = node.arguments.fill_in(values)
+            tensors = node.input_tensors
+            ids = [values[id(t)] for t in tensors]
+            if is_graph(operation):
+                out = self._walk(graph_of(operation), ids)
+            else:
+                call = Call(operation, args, kwargs, tensors, ids, [t.shape for t in tensors],
+                            [t.shape for t in node.outputs], self._ledger, self._raw_fences)
+                out = self._visit(node, call)
+            for tensor, o in zip(node.outputs, out):
+                values[id(tensor)] = o
+                self._know(tensor, o)
+        return [values[id(t)] for t in graph.outputs]
+
+    def _know(self, tensor, ids) -> None:
+        """Ids of a tensor; one that is reached twice (a nested model called twice) is tied with itself."""
+        known = self._ids_of.get(id(tensor))
+        if known is not None and known.shape == ids.shape:
+            self._ledger.tie(known, ids)
+        elif known is not None:
+            self._ledger.tie(known, 0)
+            self._ledger.tie(ids, 0)
+        else:
+            self._ids_of[id(tensor)] = ids
+
+    def _visit(self, node, call: Call) -> list[Ids]:
+        operation = call.operation
+        rule = find_rule(operation)
+        idle = not any(np.any(x) for x in call.inputs)
+        if rule is None or (idle and not _has_weights(operation) and type(operation).__module__.startswith("keras.")):
+            labels = self._fenced(call, idle)
+        else:
+            labels = rule(operation, call, *call.inputs)
+        out = labels.out if isinstance(labels.out, list) else [labels.out]
+        for path, axes in labels.weights.items():
+            self._label(operation, path, axes, out)
+        for edits, new in ((self._edits.setdefault(id(operation), {}), labels.config),
+                           (self._call_edits.setdefault(id(node), {}), labels.arguments)):
+            for key, value in new.items():
+                if isinstance(value, np.ndarray) and isinstance(edits.get(key), np.ndarray):
+                    self._ledger.tie(edits[key], value)
+                edits[key] = value
+        self._count(labels, call, out)
+        return out
+
+    def _fenced(self, call: Call, idle: bool) -> Labels:
+        operation = call.operation
+        reason = "a subclassed model has no graph to look into" if isinstance(operation, keras.Model) else (
+            "no rule for this type; add one with @keras_prune.rule")
+        for x in call.inputs:
+            call.fence(x, reason)
+        if find_rule(operation) is None and _has_weights(operation):
+            self._raw_fences.append((Fence(operation.name, type(operation).__name__, reason), np.zeros(1, int)))
+            self.uncounted.append(operation.name)
+        out = call.frozen()
+        return Labels(out)
+
+    def _label(self, layer, path: str, axes: tuple, out: list[Ids]) -> None:
+        try:
+            variable = attrgetter(path)(layer)
+        except AttributeError:
+            variable = None
+        if variable is None:  # a bias that is switched off
+            return
+        shape = tuple(variable.shape)
+        if len(axes) != len(shape) or any(a is not None and len(a) != n for a, n in zip(axes, shape)):
+            sizes = tuple("-" if a is None else len(a) for a in axes)
+            raise ValueError(
+                f"The rule for {type(layer).__name__} labels {layer.name}.{path} with ids of lengths {sizes}, but the "
+                f"weight has shape {shape}. Mend the rule: one entry per axis, None or as many ids as the axis is long."
+            )
+        made = np.unique(np.concatenate([o.ravel() for o in out]))
+        reads = tuple(a is not None and not np.isin(a[a > 0], made).any() for a in axes)
+        key = id(variable)
+        if key in self._raw_weights:  # the second call of a shared layer
+            for known, new in zip(self._raw_weights[key][3], axes):
+                if known is not None:
+                    self._ledger.tie(known, new)
+        else:
+            self._raw_weights[key] = (variable, layer, path, axes, reads)
+
+    def _count(self, labels: Labels, call: Call, out: list[Ids]) -> None:
+        self._time += 1
+        for ids, shape in zip(out, call.outputs):
+            self._raw_tensors.append([ids, self._lengths(shape), self._time, self._time])
+        self._note_use(call)
+        for tensor in self._raw_tensors[len(self._raw_tensors) - len(out):]:
+            self._tensor_of[id(tensor[0])] = tensor
+        for path, axes in labels.weights.items():
+            if "kernel" not in path or len(axes) < 2:
+                continue
+            variable = attrgetter(path)(call.operation)
+            positions = labels.positions
+            if positions is None:
+                lengths = self._lengths(call.outputs[0])
+                positions = math.prod(lengths) // max(1, out[0].size)
+            self._raw_terms.append((axes, tuple(variable.shape), positions))
+        for ids, factor in labels.products:
+            self._raw_terms.append((tuple(ids), tuple(len(i) for i in ids), factor))
+
+    def _lengths(self, shape) -> tuple[int, ...]:
+        if any(d is None for d in shape[1:]):
+            self.has_unknown_lengths = True
+        return tuple(1 if d is None else d for d in shape[1:])
+
+    def _note_use(self, call: Call) -> None:
+        """Remember when each input was last needed: for the peak of activation memory."""
+        for ids in call.inputs:
+            if id(ids) in self._tensor_of:
+                self._tensor_of[id(ids)][3] = self._time
+
+    # -- after the walk ------------------------------------------------------------------------------------------
+
+    def _resolve(self) -> None:
+        root = self._ledger.roots()
+        roots = np.unique(root)
+        names = np.zeros(len(root), int)
+        names[roots] = np.arange(len(roots))  # frozen (0) is the smallest and stays 0
+        self._root = names[root]
+        self.loud = np.zeros(len(roots), bool)
+        self.loud[self._root[self._ledger.loud_ids()]] = True
+
+        def settle(axes):
+            return tuple(None if a is None or not self._root[a].any() else self._root[a] for a in axes)
+
+        self.weights = [Weight(v, layer, path, settle(axes), reads)
+                        for v, layer, path, axes, reads in self._raw_weights.values()]
+        self._terms = [Term(settle(axes), sizes, factor) for axes, sizes, factor in self._raw_terms]
+        self._tensors = [Tensor(self._root[ids], shape, made, used) for ids, shape, made, used in self._raw_tensors]
+        self.unit_count = len(roots)
+        self._find_groups()
+
+    def _find_groups(self) -> None:
+        """Units with the same multiset of (weight, axis) are one group; found by adding up random numbers."""
+        rng = np.random.default_rng(0)
+        signature = np.zeros(self.unit_count, np.uint64)
+        appearances = []
+        for weight in self.weights:
+            for axis, ids in enumerate(weight.axes):
+                if ids is None:
+                    continue
+                counts = np.bincount(ids, minlength=self.unit_count)
+                signature += counts.astype(np.uint64) * rng.integers(1, 2**62, dtype=np.uint64)
+                appearances.append((weight, axis, counts))
+        signature[0] = 0
+        order, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
+        units_of = [[] for _ in order]
+        for unit, place in enumerate(inverse):
+            units_of[place].append(unit)
+        drafts = sorted((first[k], np.array(units)) for k, units in enumerate(units_of)
+                        if order[k] != 0 and len(units) > 1)
+        members: list[list[Member]] = [[] for _ in drafts]
+        group_of = np.full(self.unit_count, -1)
+        for k, (_, units) in enumerate(drafts):
+            group_of[units] = k
+        for weight, axis, counts in appearances:
+            for k in np.unique(group_of[counts > 0]):
+                if k >= 0:
+                    members[k].append(Member(weight, axis, int(counts[drafts[k][1][0]])))
+        self.groups = [Group(k, units, tuple(m)) for k, ((_, units), m) in enumerate(zip(drafts, members))]
+
+    # -- lookups -------------------------------------------------------------------------------------------------
+
+    def alive(self, removed: Ids) -> np.ndarray:
+        """Shape (unit_count,), True = stays."""
+        alive = np.ones(self.unit_count, bool)
+        alive[np.asarray(removed, int)] = False
+        if not alive[0]:
+            raise ValueError("removed holds unit 0, the frozen one; expected ids from Channels.groups[k].units.")
+        return alive
+
+    def rows(self, group: Group, values=None, members: list[Member] | None = None) -> np.ndarray:
+        """All numbers that belong to each unit, shape (units, features), float32.
+
+        Args:
+            group: the group.
+            values: `{id(variable): array}` to look into instead of the weights (a probe's shadow).
+            members: which members; default: the group's producers.
+        """
+        return np.concatenate(self.blocks(group, values, members), axis=1)
+
+    def blocks(self, group: Group, values=None, members=None) -> list[np.ndarray]:
+        """The rows, one block (units, features) per member."""
+        blocks = []
+        for member in group.producers if members is None else members:
+            variable, ids = member.weight.variable, member.weight.axes[member.axis]
+            array = keras.ops.convert_to_numpy(variable) if values is None else values[id(variable)]
+            array = np.asarray(array, np.float32)
+            place = np.full(self.unit_count, -1)
+            place[group.units] = np.arange(len(group))
+            positions = np.flatnonzero(place[ids] >= 0)
+            positions = positions[np.argsort(place[ids[positions]], kind="stable")]
+            taken = np.moveaxis(array.take(positions, member.axis), member.axis, 0)
+            blocks.append(taken.reshape(len(group), -1))
+        return blocks or [np.zeros((len(group), 1), np.float32)]
+
+
+def _has_weights(operation) -> bool:
+    return bool(getattr(operation, "weights", None))
+
+
+def check_model(model) -> None:
+    """Raise unless `model` is a built graph of layers."""
+    if not isinstance(model, keras.Model):
+        hint = " (a tf_keras model? Rebuild it in Keras 3.)" if "keras" in type(model).__module__ else ""
+        raise TypeError(f"Expected a keras.Model, got {type(model).__name__}{hint}.")
+    if is_graph(model):
+        return
+    if isinstance(model, keras.Sequential):
+        raise ValueError(
+            f"Sequential model {model.name!r} is not built: its shapes are unknown. Call "
+            "model.build((None, height, width, channels)) or put a keras.Input first."
+        )
+    raise ValueError(
+        f"Model {model.name!r} is a subclassed {type(model).__name__}: it has no graph of layers to follow. Build the "
+        "network as a Functional or Sequential model; a subclass keras.Model(inputs, outputs) of your own is fine."
+    )
+
+
+# -- the only part that touches Keras's own insides --------------------------------------------------------------
+
+
+def is_graph(operation) -> bool:
+    """Whether an operation is a model whose graph can be walked."""
+    if isinstance(operation, keras.Sequential):
+        return getattr(operation, "_functional", None) is not None
+    return isinstance(operation, keras.Model) and hasattr(operation, "_nodes_by_depth")
+
+
+def graph_of(model):
+    """The Functional graph of a Functional or built Sequential model."""
+    return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def nodes_of(graph):
+    """Calls of the graph in an order in which inputs come before outputs."""
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node

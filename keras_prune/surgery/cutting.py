@@ -1,0 +1,184 @@
+"""Cut: the same network, rebuilt from stock layers with fewer units, with the surviving weights."""
+
+from __future__ import annotations
+
+import warnings
+
+import keras
+import numpy as np
+
+from keras_prune.channels import Channels, graph_of, is_graph, nodes_of
+from keras_prune.rules import Ids
+from keras_prune.surgery.training import compile_like
+
+
+def cut(channels: Channels, removed: Ids) -> keras.Model:
+    """Build the smaller model.
+
+    Args:
+        channels: labels of the model.
+        removed: ids of the units that leave; `channels.groups[k].units` lists them.
+
+    Returns:
+        A new model of the same layers (names, dtypes, trainable flags, regularizers kept), compiled like the
+        original with the optimizer's slots sliced along. The original is not changed.
+
+    Raises:
+        ValueError: a layer cannot be rebuilt from its config, or a removed id is unknown.
+    """
+    removed = np.unique(np.asarray(removed, int))
+    if removed.size and (removed[0] < 1 or removed[-1] >= channels.unit_count):
+        raise ValueError(f"removed holds ids {removed[0]}..{removed[-1]}; expected unit ids from 1 to "
+                         f"{channels.unit_count - 1}, as in Channels.groups[k].units.")
+    return _Cut(channels, channels.alive(removed)).model()
+
+
+class _Cut:
+    """One cut in progress: which units live, and which new operation stands for which old one."""
+
+    def __init__(self, channels: Channels, alive: np.ndarray):
+        self.channels = channels
+        self.alive = alive
+        self.new: dict[int, tuple] = {}  # id(old operation) -> (old, new)
+        self.variables: dict[int, keras.Variable] = {}  # id(old variable) -> new variable
+        self.labels = {id(w.variable): w for w in channels.weights}
+
+    def model(self) -> keras.Model:
+        small = self.graph(self.channels.model)
+        for old, new in list(self.new.values()):
+            self.copy_weights(old, new)
+        self.copy_trainable()
+        compile_like(self.channels.model, small, self.variables, self.sliced)
+        return small
+
+    def survivors(self, raw: Ids) -> int:
+        """How many of these (unresolved) ids live: what rules' functions are given."""
+        return int(self.alive[self.channels._root[raw]].sum())
+
+    def value(self, edit, old):
+        """A number or constant of the old network, as it is after the cut."""
+        if callable(edit):
+            return edit(self.survivors)
+        if isinstance(edit, tuple):  # ids per axis of an array constant
+            array = keras.ops.convert_to_numpy(old)
+            for axis, raw in enumerate(edit):
+                if raw is not None:
+                    array = array.compress(self.alive[self.channels._root[raw]], axis)
+            return array
+        return self.survivors(edit)
+
+    # -- operations ----------------------------------------------------------------------------------------------
+
+    def operation(self, old):
+        """The new operation for an old one; a shared layer stays shared."""
+        if id(old) not in self.new:
+            self.new[id(old)] = (old, self.graph(old) if is_graph(old) else self.rebuilt(old))
+        return self.new[id(old)][1]
+
+    def rebuilt(self, old):
+        try:
+            config = old.get_config()
+            for path, edit in self.channels._edits.get(id(old), {}).items():
+                *outer, key = path.split(".")
+                place = config
+                for step in outer:
+                    place = place[step]
+                place[key] = self.value(edit, place[key])
+            return type(old).from_config(config)
+        except Exception as error:
+            raise ValueError(
+                f"Layer {old.name!r} ({type(old).__name__}) cannot be rebuilt from its config: {error}. Give it a "
+                "get_config() that returns every argument of its __init__ (and a from_config() if it needs one)."
+            ) from error
+
+    def graph(self, old) -> keras.Model:
+        """Rebuild a Functional or Sequential model, nested ones included."""
+        if isinstance(old, keras.Sequential):
+            return self.sequential(old)
+        values = {id(t): self.input(t) for t in old.inputs}
+        for node in nodes_of(old):
+            args, kwargs = node.arguments.fill_in(values)
+            args = list(args)
+            for key, edit in self.channels._call_edits.get(id(node), {}).items():
+                place = args if isinstance(key, int) else kwargs
+                place[key] = self.value(edit, place[key])
+            out = self.operation(node.operation)(*args, **kwargs)
+            for tensor, new in zip(node.outputs, keras.tree.flatten(out)):
+                values[id(tensor)] = new
+        inputs, outputs = (keras.tree.map_structure(lambda t: values[id(t)], struct)
+                           for struct in (old._inputs_struct, old._outputs_struct))
+        return _same_class(old, inputs, outputs)
+
+    def sequential(self, old) -> keras.Sequential:
+        inputs = [self.input(t) for t in graph_of(old).inputs]
+        layers = [self.operation(layer) for layer in old.layers]
+        return type(old)([*inputs, *layers], name=old.name)
+
+    def input(self, tensor):
+        """A fresh keras.Input; that of a nested model has lost channels with the tensor it is called on."""
+        shape = list(tensor.shape)
+        ids = self.channels._root[self.channels._ids_of[id(tensor)]]
+        for axis in range(ids.ndim):
+            if ids.shape[axis] > 1:
+                shape[axis] = int(self.alive[ids.ravel()].sum())
+        layer = tensor._keras_history.operation
+        return keras.Input(batch_shape=tuple(shape), dtype=tensor.dtype, sparse=tensor.sparse, name=layer.name,
+                           optional=getattr(layer, "optional", False))
+
+    # -- weights -------------------------------------------------------------------------------------------------
+
+    def sliced(self, variable, array=None) -> np.ndarray:
+        """What is left of a variable, or of an array shaped like it."""
+        array = keras.ops.convert_to_numpy(variable if array is None else array)
+        weight = self.labels.get(id(variable))
+        for axis, ids in enumerate(weight.axes if weight else ()):
+            if ids is not None and not self.alive[ids].all():
+                array = array.compress(self.alive[ids], axis)
+        return array
+
+    def copy_weights(self, old, new) -> None:
+        if not isinstance(old, keras.layers.Layer) or is_graph(old):
+            return
+        old_variables, new_variables = old.variables, new.variables
+        if len(old_variables) != len(new_variables):
+            raise ValueError(
+                f"Layer {old.name!r} ({type(old).__name__}) has {len(old_variables)} variables, but rebuilt from its "
+                f"config it has {len(new_variables)}. Its get_config() must return every argument of its __init__."
+            )
+        for before, after in zip(old_variables, new_variables):
+            array = self.sliced(before)
+            if tuple(array.shape) != tuple(after.shape):
+                raise ValueError(
+                    f"Weight {before.path} is {tuple(array.shape)} after the cut, but the rebuilt layer has "
+                    f"{tuple(after.shape)}: the rule for {type(old).__name__} does not rewrite its config. Mend the "
+                    "rule, or protect the layer."
+                )
+            after.assign(array)
+            self.variables[id(before)] = after
+        if hasattr(new, "finalize_state"):  # preprocessing layers derive constants from their weights
+            new.finalize_state()
+
+    def copy_trainable(self) -> None:
+        """Outer flags first: setting one sets all flags below it."""
+        for old, new in reversed(list(self.new.values())):
+            if isinstance(old, keras.layers.Layer):
+                _copy_flags(old, new)
+
+
+def _copy_flags(old, new) -> None:
+    if new.trainable != old.trainable:
+        new.trainable = old.trainable
+    for before, after in zip(old._layers, new._layers):
+        _copy_flags(before, after)
+
+
+def _same_class(old, inputs, outputs):
+    """A model of the same class where its constructor allows it (a subclass with a train_step of its own)."""
+    cls = type(old)
+    if "optional" not in cls.__init__.__code__.co_varnames and cls not in (keras.Model,):
+        try:
+            return cls(inputs=inputs, outputs=outputs, name=old.name)
+        except TypeError:
+            warnings.warn(f"{cls.__name__} cannot be made from (inputs, outputs, name); the result is a plain keras.Model.",
+                          stacklevel=5)
+    return keras.Model(inputs, outputs, name=old.name)

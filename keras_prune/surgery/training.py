@@ -1,0 +1,73 @@
+"""What lets training go on after a cut: the same loss and metrics, and an optimizer with its slots sliced along."""
+
+from __future__ import annotations
+
+import copy
+
+import keras
+
+from keras_prune.rules import Ids  # noqa: F401
+
+
+def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:
+    """Compile `new` as `old` was compiled.
+
+    Args:
+        old, new: the models.
+        variables: id(old variable) -> new variable.
+        sliced: function (old variable, array shaped like it) -> what is left of the array.
+    """
+    if not getattr(old, "compiled", False):
+        return
+    arguments = dict(old._compile_config.config)  # the objects as given: a user's own loss needs no registration
+    for key in ("metrics", "weighted_metrics"):
+        arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
+    arguments["optimizer"] = sliced_optimizer(old.optimizer, new, variables, sliced)
+    new.compile(**arguments)
+
+
+def _fresh_metric(metric):
+    """Metrics hold state, so the new model gets its own."""
+    if not isinstance(metric, keras.metrics.Metric):
+        return metric
+    try:
+        return type(metric).from_config(metric.get_config())
+    except Exception:  # a user's metric without a full config
+        return copy.deepcopy(metric)
+
+
+def sliced_optimizer(old, new_model: keras.Model, variables: dict, sliced):
+    """The same optimizer for the smaller model: step count, learning rate, momenta."""
+    new = type(old).from_config(old.get_config())
+    if not old.built:
+        return new
+    reference = {id(v): v for v in _slot_holder(old)._trainable_variables}
+    new_of = [variables[i] for i in reference]
+    old_of = {id(variables[i]): v for i, v in reference.items()}
+    slot_of: dict[int, keras.Variable] = {}  # id(new slot) -> the old variable it belongs to
+    holder = _slot_holder(new)
+    original = holder.add_variable_from_reference
+
+    def recording(reference_variable, *args, **kwargs):
+        slot = original(reference_variable, *args, **kwargs)
+        if slot is not None and id(reference_variable) in old_of:
+            slot_of[id(slot)] = old_of[id(reference_variable)]
+        return slot
+
+    holder.add_variable_from_reference = recording
+    try:
+        new.build(new_of)
+    finally:
+        del holder.add_variable_from_reference
+    for before, after in zip(old.variables, new.variables):
+        if id(after) in slot_of and tuple(before.shape) == tuple(slot_of[id(after)].shape):
+            after.assign(sliced(slot_of[id(after)], before))
+        elif tuple(before.shape) == tuple(after.shape):
+            after.assign(before)
+        # Factored slots (Adafactor) of a cut weight have no slice; they start afresh.
+    return new
+
+
+def _slot_holder(optimizer):
+    """The optimizer that owns the slots: a loss-scaling one only wraps it."""
+    return getattr(optimizer, "inner_optimizer", optimizer)
