@@ -1,1 +1,33 @@
-"""Structured pruning for Keras 3."""
+"""Structured pruning for Keras 3: really smaller models, the same outputs.
+
+    small = keras_prune.prune(model, sparsity=0.5, measure="macs")
+
+Importing has no side effects; Keras is imported with the first name that needs it.
+"""
+
+import importlib
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Channels": "channels", "Group": "channels", "Plan": "planning", "plan": "planning", "prune": "planning",
+    "cut": "surgery", "zero": "surgery", "strip": "surgery", "dead_units": "surgery", "StripReport": "surgery",
+    "relative_difference": "surgery", "rule": "rules", "Labels": "rules", "FilterPruning": "pruners",
+    "GradualPruning": "pruners", "Pruner": "pruners", "recalibrate_batchnorm": "recalibration",
+}
+_MODULES = ("budgets", "channels", "criteria", "metrics", "planning", "probes", "pruners", "recalibration", "rules",
+            "schedules", "surgery", "theory", "reports", "datasets")
+
+__all__ = [*_HOMES, "__version__"]
+
+
+def __getattr__(name: str):
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"keras_prune.{_HOMES[name]}"), name)
+    if name in _MODULES:
+        return importlib.import_module(f"keras_prune.{name}")
+    raise AttributeError(f"module 'keras_prune' has no attribute {name!r}")
+
+
+def __dir__():
+    return sorted([*globals(), *_HOMES, *_MODULES])

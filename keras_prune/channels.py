@@ -116,25 +116,29 @@ class Channels:
 
     Args:
         model: a built Functional or Sequential model, of any depth of nesting. It is not changed.
+        assumed_length: what axes of the input without a fixed length (None) count as, for MACs and memory.
 
     Attributes:
         weights: labelled weights.
         groups: prunable groups, in the order of the network.
         fences: layers across which nothing is removed, each with the reason.
         uncounted: layers whose MACs nobody knows (no rule).
-        has_unknown_lengths: whether some axis besides the batch has no fixed length; it is counted as 1.
+        has_unknown_lengths: whether some axis of an input besides the batch has no fixed length.
+        assumed_length: what such an axis is counted as.
 
     Raises:
         TypeError: not a Keras model.
         ValueError: not built, or subclassed: there is no graph to walk.
     """
 
-    def __init__(self, model: keras.Model):
+    def __init__(self, model: keras.Model, assumed_length: int = 224):
         check_model(model)
         self.model = model
         self._raw_fences: list[tuple[Fence, Ids]] = []
         self.uncounted: list[str] = []
-        self.has_unknown_lengths = False
+        self.assumed_length = assumed_length
+        self.has_unknown_lengths = any(None in t.shape[1:] for t in graph_of(model).inputs)
+        self._specs: dict[int, keras.KerasTensor] = {}  # id of a tensor -> the tensor with assumed lengths
         self._ledger = Ledger()
         self._raw_weights: dict[int, tuple] = {}
         self._raw_terms: list[tuple] = []
@@ -145,6 +149,8 @@ class Channels:
         self._ids_of: dict[int, Ids] = {}
         self._time = 0
         graph = graph_of(model)
+        if self.has_unknown_lengths:
+            self._assume(graph, [_with_length(t, assumed_length) for t in graph.inputs])
         inputs = [np.zeros((1,) * len(t.shape), int) for t in graph.inputs]
         outputs = self._walk(graph, inputs)
         for ids in outputs:
@@ -169,13 +175,26 @@ class Channels:
             if is_graph(operation):
                 out = self._walk(graph_of(operation), ids)
             else:
-                call = Call(operation, args, kwargs, tensors, ids, [t.shape for t in tensors],
-                            [t.shape for t in node.outputs], self._ledger, self._raw_fences)
+                call = Call(operation, args, kwargs, tensors, ids, node.outputs, self._specs,
+                            self._ledger, self._raw_fences)
                 out = self._visit(node, call)
             for tensor, o in zip(node.outputs, out):
                 values[id(tensor)] = o
                 self._know(tensor, o)
         return [values[id(t)] for t in graph.outputs]
+
+    def _assume(self, graph, specs: list) -> list:
+        """Work out all shapes for the assumed lengths of the inputs."""
+        known = self._specs
+        known.update((id(t), spec) for t, spec in zip(graph.inputs, specs))
+        for node in nodes_of(graph):
+            args, kwargs = node.arguments.fill_in(known)
+            if is_graph(node.operation):
+                out = self._assume(graph_of(node.operation), [known[id(t)] for t in node.input_tensors])
+            else:
+                out = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
+            known.update((id(t), spec) for t, spec in zip(node.outputs, out))
+        return [known[id(t)] for t in graph.outputs]
 
     def _know(self, tensor, ids) -> None:
         """Ids of a tensor; one that is reached twice (a nested model called twice) is tied with itself."""
@@ -246,8 +265,8 @@ class Channels:
 
     def _count(self, labels: Labels, call: Call, out: list[Ids]) -> None:
         self._time += 1
-        for ids, shape in zip(out, call.outputs):
-            self._raw_tensors.append([ids, self._lengths(shape), self._time, self._time])
+        for ids, tensor in zip(out, call.made):
+            self._raw_tensors.append([ids, self._lengths(tensor), self._time, self._time])
         self._note_use(call)
         for tensor in self._raw_tensors[len(self._raw_tensors) - len(out):]:
             self._tensor_of[id(tensor[0])] = tensor
@@ -257,15 +276,14 @@ class Channels:
             variable = attrgetter(path)(call.operation)
             positions = labels.positions
             if positions is None:
-                lengths = self._lengths(call.outputs[0])
-                positions = math.prod(lengths) // max(1, out[0].size)
+                positions = math.prod(self._lengths(call.made[0])) // max(1, out[0].size)
             self._raw_terms.append((axes, tuple(variable.shape), positions))
         for ids, factor in labels.products:
             self._raw_terms.append((tuple(ids), tuple(len(i) for i in ids), factor))
 
-    def _lengths(self, shape) -> tuple[int, ...]:
-        if any(d is None for d in shape[1:]):
-            self.has_unknown_lengths = True
+    def _lengths(self, tensor) -> tuple[int, ...]:
+        """The shape of a tensor without the batch, all lengths known or assumed."""
+        shape = self._specs.get(id(tensor), tensor).shape
         return tuple(1 if d is None else d for d in shape[1:])
 
     def _note_use(self, call: Call) -> None:
@@ -358,6 +376,11 @@ class Channels:
             taken = np.moveaxis(array.take(positions, member.axis), member.axis, 0)
             blocks.append(taken.reshape(len(group), -1))
         return blocks or [np.zeros((len(group), 1), np.float32)]
+
+
+def _with_length(tensor, length: int):
+    shape = (tensor.shape[0], *(length if d is None else d for d in tensor.shape[1:]))
+    return keras.KerasTensor(shape, dtype=tensor.dtype, sparse=tensor.sparse)
 
 
 def _has_weights(operation) -> bool:

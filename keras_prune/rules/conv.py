@@ -70,8 +70,7 @@ def transposed(layer, call, x):
     axis = channel_axis(layer)
     c, out = call.along(x, axis), call.fresh(layer.filters)
     activate(call, out, layer.activation)
-    shape = call.shape_of(x)
-    positions = math.prod(d or 1 for d in shape[1:]) // (shape[axis] or 1)
+    positions = math.prod(call.lengths(x)) // len(c)
     return Labels(
         call.spread(out, axis), {"kernel": (*(None,) * layer.rank, out, c), "bias": (out,)}, {"filters": out},
         positions=positions,

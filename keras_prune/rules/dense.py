@@ -80,8 +80,7 @@ def attention(layer, call, *_):
         "_value_dense.kernel": (call.along(value, -1), heads, None), "_value_dense.bias": (heads, None),
         "_output_dense.kernel": (heads, None, out), "_output_dense.bias": (out,),
     }
-    t = math.prod(d or 1 for d in call.shape_of(query)[1:-1])
-    s = math.prod(d or 1 for d in call.shape_of(value)[1:-1])
+    t, s = (math.prod(call.lengths(ids)[:-1]) for ids in (query, value))
     depth = layer._key_dim + (layer._value_dim or layer._key_dim)
     ids = call.spread(out, -1)
     return Labels(

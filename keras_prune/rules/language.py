@@ -121,13 +121,14 @@ class Call:
         outputs: shapes of the output tensors.
     """
 
-    def __init__(self, operation, args, kwargs, tensors, inputs, shapes, outputs, ledger, fences):
+    def __init__(self, operation, args, kwargs, tensors, inputs, made, specs, ledger, fences):
         self.operation = operation
         self.args, self.kwargs = args, kwargs
-        self.tensors = tensors
         self.inputs: list[Ids] = inputs
-        self.shapes: list[tuple] = shapes
-        self.outputs: list[tuple] = outputs
+        self.shapes: list[tuple] = [t.shape for t in tensors]
+        self.made = made
+        self.outputs: list[tuple] = [t.shape for t in made]
+        self._tensors, self._specs = tensors, specs
         self._ledger = ledger
         self._fences = fences
         self._calls = 0
@@ -157,6 +158,13 @@ class Call:
             if known is ids:
                 return shape
         raise ValueError("shape_of() expects one of the call's own inputs")
+
+    def lengths(self, ids: Ids) -> tuple[int, ...]:
+        """The shape of an input without the batch, for counting: unknown lengths are assumed ones."""
+        for known, tensor in zip(self.inputs, self._tensors):
+            if known is ids:
+                return tuple(d or 1 for d in self._specs.get(id(tensor), tensor).shape[1:])
+        raise ValueError("lengths() expects one of the call's own inputs")
 
     def along(self, x: Ids, axis: int) -> Ids:
         """The 1-D ids of input `x` on the one axis where channels are expected; variation elsewhere is fenced."""

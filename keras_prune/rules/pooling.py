@@ -51,11 +51,10 @@ def recurrent(layer, call, x, *state):
     if gate is not None and not elementwise(gate)[0]:  # what a gate makes of 0 is harmless: the state is 0
         call.fence(out, "its recurrent activation mixes units")
     gates = np.tile(out, layer.cell.kernel.shape[-1] // layer.units)
-    steps = call.shape_of(x)[1] or 1
     bias = getattr(layer.cell, "bias", None)
     weights = {"cell.kernel": (call.along(x, -1), gates), "cell.recurrent_kernel": (out, gates)}
     if bias is not None:
         weights["cell.bias"] = (gates,) if len(bias.shape) == 1 else (None, gates)
     outputs = [call.spread(out, -1, i) for i in range(len(call.outputs))]
-    return Labels(outputs[0] if len(outputs) == 1 else outputs, weights, {"units": out}, positions=steps)
+    return Labels(outputs[0] if len(outputs) == 1 else outputs, weights, {"units": out}, positions=call.lengths(x)[0])
 

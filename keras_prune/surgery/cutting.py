@@ -10,6 +10,7 @@ import numpy as np
 from keras_prune.channels import Channels, graph_of, is_graph, nodes_of
 from keras_prune.rules import Ids
 from keras_prune.surgery.training import compile_like
+from keras_prune.surgery.zeros import zero_masks
 
 
 def cut(channels: Channels, removed: Ids) -> keras.Model:
@@ -31,6 +32,21 @@ def cut(channels: Channels, removed: Ids) -> keras.Model:
         raise ValueError(f"removed holds ids {removed[0]}..{removed[-1]}; expected unit ids from 1 to "
                          f"{channels.unit_count - 1}, as in Channels.groups[k].units.")
     return _Cut(channels, channels.alive(removed)).model()
+
+
+def zeroed(channels: Channels, removed: Ids) -> keras.Model:
+    """A copy of the model with zeros on the removed units: what the cut model has to equal."""
+    copy, twins = copied(channels)
+    for weight, mask in zero_masks(channels, removed):
+        twin = twins[id(weight.variable)]
+        twin.assign(np.where(mask, keras.ops.convert_to_numpy(twin), 0).astype(twin.dtype))
+    return copy
+
+
+def copied(channels: Channels) -> tuple[keras.Model, dict[int, keras.Variable]]:
+    """A full copy of the model, and id(variable) -> its twin in the copy."""
+    whole = _Cut(channels, channels.alive(()))
+    return whole.model(), whole.variables
 
 
 class _Cut:

@@ -1,0 +1,365 @@
+"""The user's sentence: remove this much of that measure, by this criterion, with this budget.
+
+`plan()` decides and changes nothing; the `Plan` prints itself, cuts, zeroes, and saves itself. `prune` = plan + cut.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import keras
+import numpy as np
+
+from keras_prune import budgets, criteria, metrics, schedules
+from keras_prune.channels import Channels, Group
+from keras_prune.probes import gradient_times_weight
+from keras_prune.rules import Fence, Ids
+from keras_prune.surgery import check_finite, cut, zeroed
+
+
+@dataclass(frozen=True)
+class GroupPlan:
+    """One line of the plan: units that live and die together.
+
+    Attributes:
+        layers: names of the layers that make the units.
+        before, after: width in channels of the layer that makes them.
+        lowest_kept, highest_removed: scores, None where nothing was scored or removed.
+        note: why it was left alone, if it was.
+    """
+
+    layers: tuple[str, ...]
+    before: int
+    after: int
+    lowest_kept: float | None
+    highest_removed: float | None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What stays and why. Made by `plan()`; nothing has been changed yet.
+
+    Attributes:
+        removed: ids of the units that leave.
+        sentence: the arguments in words.
+        asked, reached, largest: sparsity of the measure: asked, reached, and the largest possible here.
+        groups: one entry per group.
+        totals: measure -> (before, after); params, MACs, bytes of activations.
+        fences: layers across which nothing is removed, and why.
+        notes: whatever else a reader should know.
+    """
+
+    sentence: str
+    asked: float
+    reached: float
+    largest: float
+    groups: tuple[GroupPlan, ...]
+    totals: dict[str, tuple[float, float]]
+    fences: tuple[Fence, ...]
+    notes: tuple[str, ...]
+    removed: Ids = field(repr=False)
+    channels: Channels = field(repr=False)
+
+    def cut(self) -> keras.Model:
+        """The small model."""
+        return cut(self.channels, self.removed)
+
+    def zero(self) -> keras.Model:
+        """A zeroed copy of the model, of the old size: what the small one has to equal."""
+        return zeroed(self.channels, self.removed)
+
+    def to_json(self) -> str:
+        """All of it but the ids, as JSON."""
+        content = {
+            "model": self.channels.model.name, "sentence": self.sentence, "asked": self.asked, "reached": self.reached,
+            "largest": self.largest, "totals": {k: {"before": b, "after": a} for k, (b, a) in self.totals.items()},
+            "groups": [vars(g) for g in self.groups], "fences": [vars(f) for f in self.fences], "notes": self.notes,
+        }
+        return json.dumps(content, indent=1)
+
+    def __str__(self) -> str:
+        lines = [f"Plan for {self.channels.model.name}: {self.sentence}", ""]
+        names = [_few(g.layers) for g in self.groups]
+        wide = max([len(n) for n in names], default=0)
+        lines.append(f"  {'layers':<{wide}}  width           scores")
+        for name, g in zip(names, self.groups):
+            width = f"{g.before} -> {g.after}" if g.after != g.before else f"{g.before}"
+            score = "" if g.highest_removed is None else f"removed up to {g.highest_removed:.3g}, kept from {g.lowest_kept:.3g}"
+            lines.append(f"  {name:<{wide}}  {width:<14}  {g.note or score}".rstrip())
+        lines.append("")
+        for key, (before, after) in self.totals.items():
+            gone = 1 - after / before if before else 0.0
+            lines.append(f"  {_TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed")
+        lines.append(f"  asked {self.asked:.1%}, reached {self.reached:.1%}, largest possible {self.largest:.1%}")
+        for fence in self.fences[:20]:
+            lines.append(f"  fence: {fence}")
+        if len(self.fences) > 20:
+            lines.append(f"  ... and {len(self.fences) - 20} more fences")
+        lines += [f"  note: {note}" for note in self.notes]
+        return "\n".join(lines)
+
+
+_TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
+
+
+def _number(n: float) -> str:
+    return f"{n:,.0f}" if float(n).is_integer() else f"{n:,.4g}"
+
+
+def _few(names: Sequence[str]) -> str:
+    text = ", ".join(names[:2]) + (f" +{len(names) - 2}" if len(names) > 2 else "")
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def plan(
+    model: keras.Model | Channels,
+    sparsity: float = 0.5,
+    *,
+    measure: str | metrics.Measure = "macs",
+    criterion: str | criteria.Criterion = "l2",
+    budget: str | budgets.Budget = "global",
+    round_to: int = 8,
+    protect: Sequence[str | keras.layers.Layer] = (),
+    data=None,
+    seed: int | None = None,
+) -> Plan:
+    """Decide which units leave. Changes nothing.
+
+    Args:
+        model: a built Functional or Sequential model, or its `Channels`.
+        sparsity: fraction of the measure to remove, in [0, 1).
+        measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
+        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor" (needs `data`), or a function
+            (units, features) -> (units,).
+        budget: "global", "uniform", or a function (scores, amount) -> removed.
+        round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
+            layer is often slower.
+        protect: layers, names, or name patterns ("head_*") whose output channels all stay.
+        data: labelled data for "taylor": (x, y) arrays or an iterable of such batches.
+        seed: for "random".
+
+    Returns:
+        A Plan. The sparsity is met within one rounding step of one group, or a note says why not.
+
+    Raises:
+        TypeError, ValueError: a model that cannot be walked, weights that are not finite, or an argument out of range.
+
+    Example:
+        >>> print(plan(model, 0.5, measure="macs", criterion="fpgm"))     # doctest: +SKIP
+        >>> small = plan(model, 0.5, measure="macs", criterion="fpgm").cut()     # doctest: +SKIP
+    """
+    schedules.check_sparsity(sparsity, "plan")
+    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+        raise ValueError(f"round_to={round_to!r} was passed to plan; expected a whole number from 1 up, for example 8.")
+    measure_function, budget_function = metrics.get(measure), budgets.get(budget)
+    criterion_function = criteria.get(criterion, seed)
+    channels = model if isinstance(model, Channels) else Channels(model)
+    check_finite(channels.model)
+    if not channels.groups:
+        raise ValueError("This model has nothing to prune: " + (
+            "; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs."))
+    notes: list[str] = []
+    reasons = _protected(channels, protect)
+    scores = _scores(channels, criterion, criterion_function, data, reasons, notes)
+    free = [g for g in channels.groups if g.index not in reasons]
+    if not free:
+        raise ValueError(f"protect={list(protect)!r} leaves nothing to prune; protect fewer layers.")
+    choice = _Choice(channels, free, [scores[g.index] for g in free], budget_function, measure_function, round_to)
+    counts, largest = choice.search(sparsity)
+    removed = choice.removed(counts)
+    reached = choice.sparsity(counts)
+    notes += choice.explain(sparsity, reached, largest)
+    if channels.uncounted:
+        notes.append(f"MACs of {', '.join(channels.uncounted[:5])} are not counted: no rule for their types")
+    if channels.has_unknown_lengths:
+        notes.append(f"input axes without a fixed length were counted as {channels.assumed_length}; "
+                     "Channels(model, assumed_length=...) sets another")
+    totals = {name: (m(channels, ()), m(channels, removed)) for name, m in _totals(measure).items()}
+    name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
+    by = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "criterion")
+    how = budget if isinstance(budget, str) else getattr(budget, "__name__", "budget")
+    return Plan(
+        sentence=f"remove {sparsity:.0%} of the {name}, by {by}, {how} budget, widths in multiples of {round_to}",
+        asked=float(sparsity), reached=reached, largest=largest,
+        groups=tuple(_group_plan(g, removed, scores.get(g.index), reasons.get(g.index, "")) for g in channels.groups),
+        totals=totals, fences=tuple(channels.fences), notes=tuple(notes), removed=removed, channels=channels,
+    )
+
+
+def prune(model: keras.Model, sparsity: float = 0.5, **arguments) -> keras.Model:
+    """The small model: `plan(model, sparsity, ...)` and its cut. Arguments as for `plan`."""
+    return plan(model, sparsity, **arguments).cut()
+
+
+def _totals(measure) -> dict[str, metrics.Measure]:
+    own = {"params": metrics.params, "macs": metrics.macs, "memory": metrics.memory}
+    if callable(measure):
+        own[getattr(measure, "__name__", "measure")] = measure
+    return own
+
+
+def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
+    leaves = np.isin(group.units, removed)
+    layers = tuple(dict.fromkeys(m.weight.layer.name for m in group.producers)) or ("(constant channels)",)
+    kept, gone = (None, None) if scores is None or not leaves.any() else (
+        float(scores[~leaves].min()), float(scores[leaves].max()))
+    return GroupPlan(layers, len(group) * group.slices, int((~leaves).sum()) * group.slices, kept, gone, note)
+
+
+def _protected(channels: Channels, protect) -> dict[int, str]:
+    """Group index -> why it stays."""
+    if isinstance(protect, (str, keras.layers.Layer)):
+        protect = (protect,)
+    names = {w.layer.name for w in channels.weights}
+    reasons: dict[int, str] = {}
+    for item in protect:
+        if not isinstance(item, (str, keras.layers.Layer)):
+            raise TypeError(f"protect holds {item!r}; expected layers, layer names or patterns such as 'head_*'.")
+        if isinstance(item, str) and not fnmatch.filter(names, item):
+            raise ValueError(f"protect={item!r} fits no layer with weights. Layers: {', '.join(sorted(names)[:20])}"
+                             f"{', ...' if len(names) > 20 else ''}")
+        for group in channels.groups:
+            for member in group.members:
+                layer = member.weight.layer
+                if not member.reads and (layer is item or isinstance(item, str) and fnmatch.fnmatch(layer.name, item)):
+                    reasons[group.index] = "protected"
+    return reasons
+
+
+def _scores(channels, name, function: Callable, data, reasons: dict, notes: list) -> dict[int, np.ndarray]:
+    """Scores per group index. Groups that cannot be scored are added to `reasons`."""
+    shadows = gradient_times_weight(channels, data) if name in criteria.NEEDS_DATA and isinstance(name, str) else None
+    scores = {}
+    for group in channels.groups:
+        if group.index in reasons:
+            continue
+        blocks = _blocks(channels, group, name, shadows)
+        if not blocks:
+            reasons[group.index] = f"has nothing for {name} to score"
+            continue
+        scores[group.index] = np.mean([_normalised(function(rows), group) for rows in blocks], axis=0)
+    if not scores and len(reasons) == len(channels.groups) and name in criteria.SCALES:
+        raise ValueError("criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
+                         "Use criterion='l2'.")
+    return scores
+
+
+def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]:
+    """The rows a criterion looks at, one block per producer."""
+    if name in criteria.SCALES and isinstance(name, str):
+        scales = [m for m in group.members if m.weight.name == "gamma"]
+        return channels.blocks(group, members=scales) if scales else []
+    if shadows is None:
+        return channels.blocks(group)
+    known = [m for m in group.producers if id(m.weight.variable) in shadows[0]]
+    per_batch = [channels.blocks(group, shadow, known) for shadow in shadows] if known else []
+    return [np.stack([b[k].sum(axis=1) for b in per_batch], axis=1) for k in range(len(known))]
+
+
+def _normalised(scores, group: Group) -> np.ndarray:
+    """Scores divided by their mean, so that groups and producers of different scale can be compared."""
+    scores = np.asarray(scores, np.float64)
+    if scores.shape != (len(group),):
+        raise ValueError(f"The criterion returned shape {scores.shape} for group {group.name}; expected ({len(group)},): "
+                         "one score per unit.")
+    if not np.isfinite(scores).all():
+        raise ValueError(f"The criterion returned NaN or infinite scores for group {group.name}.")
+    mean = np.abs(scores).mean()
+    return scores / mean if mean > 0 else scores
+
+
+class _Choice:
+    """The search for the widths: how many units of each group stay, on the grid, to meet the sparsity."""
+
+    def __init__(self, channels, groups, scores, budget, measure, round_to):
+        self.channels, self.groups, self.scores = channels, groups, scores
+        self.budget, self.measure, self.round_to = budget, measure, round_to
+        self.total = float(measure(channels, ()))
+        if not self.total > 0:
+            raise ValueError(f"The measure of the whole model is {self.total}; expected a number above 0.")
+        self.orders: list[np.ndarray] = [np.argsort(s, kind="stable") for s in scores]
+
+    def grid(self, group: Group) -> int:
+        """Units per rounding step: a unit of a grouped convolution is several channels."""
+        return self.round_to // math.gcd(self.round_to, group.slices)
+
+    def least(self, group: Group) -> int:
+        return min(self.grid(group), len(group))
+
+    def counts(self, amount: float) -> list[int]:
+        """Units kept per group at this amount, rounded to the grid; the order in which they leave is kept too."""
+        leaves = self.budget(self.scores, amount)
+        kept = []
+        for k, (group, gone) in enumerate(zip(self.groups, leaves)):
+            # What the budget removes goes first, then the lowest scores: rounding may take or give back a few.
+            self.orders[k] = np.lexsort((self.scores[k], ~gone))
+            n, step = len(group) - int(gone.sum()), self.grid(group)
+            rounded = int(n / step + 0.5) * step
+            kept.append(len(group) if rounded >= len(group) else max(rounded, self.least(group)))
+        return kept
+
+    def removed(self, counts: list[int]) -> Ids:
+        parts = [g.units[o[: len(g) - n]] for g, o, n in zip(self.groups, self.orders, counts)]
+        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, int)
+
+    def sparsity(self, counts: list[int]) -> float:
+        return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total
+
+    def search(self, target: float) -> tuple[list[int], float]:
+        """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
+        whole = [len(g) for g in self.groups]
+        least = [self.least(g) for g in self.groups]
+        largest = self.sparsity(least)
+        if target <= 0:
+            return whole, largest
+        if target >= largest:
+            return least, largest
+        low, high, below, above = 0.0, 1.0, whole, least
+        for _ in range(40):
+            middle = (low + high) / 2
+            counts = self.counts(middle)
+            if self.sparsity(counts) < target:
+                low, below = middle, counts
+            else:
+                high, above = middle, counts
+            if high - low < 1e-6:
+                break
+        self.counts(high)  # the order in which units leave, as at the upper end
+        return self._between(below, above, target), largest
+
+    def _between(self, below: list[int], above: list[int], target: float) -> list[int]:
+        """Widths that jump together at one amount are moved one rounding step at a time, until the target is met."""
+        counts, best = list(below), (abs(self.sparsity(below) - target), list(below))
+        moves = [k for k in range(len(counts)) for _ in range(self._steps(k, below[k], above[k]))]
+        moves.sort(key=lambda k: len(self.groups[k]))
+        for k in reversed(moves):
+            group, step = self.groups[k], self.grid(self.groups[k])
+            counts[k] = max(above[k], (counts[k] - 1) // step * step)
+            if counts[k] < self.least(group):
+                counts[k] = self.least(group)
+            reached = self.sparsity(counts)
+            best = min(best, (abs(reached - target), list(counts)))
+            if reached >= target:
+                break
+        return best[1]
+
+    def _steps(self, k: int, below: int, above: int) -> int:
+        step = self.grid(self.groups[k])
+        return max(0, math.ceil((below - above) / step))
+
+    def explain(self, asked: float, reached: float, largest: float) -> list[str]:
+        if abs(asked - reached) <= 0.02:
+            return []
+        if asked > largest:
+            small = [g.name for g in self.groups if len(g) <= self.grid(g)]
+            why = f"every group is at its least width (multiples of {self.round_to}, never empty)"
+            if small:
+                why += f"; {len(small)} groups are no wider than one step and stay whole: {', '.join(small[:3])}"
+            return [f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"]
+        return [f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "
+                "closer"]

@@ -1,0 +1,337 @@
+"""Floor 3. `export`: convert, write, compare with Keras and time. `check`: what is in a file, and is it sound."""
+
+import contextlib
+import os
+import platform
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from typing import BinaryIO
+
+from tflite_export.convert import calibration, check_batch_size, in_float32, to_tflite
+from tflite_export.inputs import Data, check_model, model_inputs
+from tflite_export.latency import Latency, measure_latency
+from tflite_export.parity import Parity, compare
+from tflite_export.recipes import RECIPES, Recipe, get
+from tflite_export.records import Record, aligned, size_text
+from tflite_export.runner import Port, Runner, check_threads, read
+
+PARITY_SAMPLES = 64
+
+
+@dataclass(frozen=True)
+class Report(Record):
+    """What `export` wrote and measured. Prints itself; `to_json()` gives all fields.
+
+    Attributes:
+        path: of the file.
+        bytes: its size.
+        recipe: its recipe's name.
+        tolerance: the recipe's; `parity.relative_error` should not exceed it.
+        operators: name -> count, of the file itself.
+        inputs, outputs: a Port each, in the file's order.
+        parity: with Keras; in float32 if the model computes in less.
+        latency: on this machine; None if runs=0.
+        notes: what the user should know, one sentence each.
+        versions: package -> version.
+    """
+
+    path: str
+    bytes: int
+    recipe: str
+    tolerance: float
+    operators: dict[str, int]
+    inputs: tuple[Port, ...]
+    outputs: tuple[Port, ...]
+    parity: Parity
+    latency: Latency | None
+    notes: tuple[str, ...]
+    versions: dict[str, str]
+
+    @property
+    def within_tolerance(self) -> bool:
+        return self.parity.relative_error <= self.tolerance
+
+    def __str__(self) -> str:
+        rows = [("file", self.path), ("recipe", self.recipe), ("size", size_text(self.bytes))]
+        rows += _content_rows(self.operators, self.inputs, self.outputs)
+        verdict = "within" if self.within_tolerance else "OUTSIDE"
+        rows.append(
+            (
+                "tolerance",
+                f"relative error {self.parity.relative_error:.3g} is {verdict} the recipe's {self.tolerance:g}",
+            )
+        )
+        rows += [("note", note) for note in self.notes]
+        rows.append(("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())))
+        parts = [aligned(rows), str(self.parity)] + ([str(self.latency)] if self.latency else [])
+        return "\n".join(parts)
+
+
+@dataclass(frozen=True)
+class Check(Record):
+    """What `check` found in a file. Prints itself; `to_json()` gives all fields.
+
+    Attributes:
+        path, bytes: of the file.
+        problems: one sentence each; empty if the file is sound.
+        recipe: from the file's description if this package wrote it, else "".
+        operators: name -> count; empty if the file does not load.
+        flex, custom: those that need TensorFlow's kernels, and those that need kernels of somebody else.
+        inputs, outputs: a Port each, in the file's order.
+        quantised: "inputs and outputs", "inputs", "outputs" or "none": which are integers with a scale.
+        runtime: name and version of the interpreter that loaded the file; "" if none could.
+        parity: with the Keras model, if one was passed.
+        tolerance: what `parity.relative_error` was held against; None without a model.
+    """
+
+    path: str
+    bytes: int
+    problems: tuple[str, ...]
+    recipe: str = ""
+    operators: dict[str, int] | None = None
+    flex: tuple[str, ...] = ()
+    custom: tuple[str, ...] = ()
+    inputs: tuple[Port, ...] = ()
+    outputs: tuple[Port, ...] = ()
+    quantised: str = "none"
+    runtime: str = ""
+    parity: Parity | None = None
+    tolerance: float | None = None
+
+    @property
+    def ok(self) -> bool:
+        return not self.problems
+
+    def __str__(self) -> str:
+        rows = [("file", self.path), ("size", size_text(self.bytes))]
+        if self.operators is not None:
+            rows += [("recipe", self.recipe or "unknown (not written by tflite_export)")]
+            rows += _content_rows(self.operators, self.inputs, self.outputs)
+            rows += [("quantised", self.quantised), ("runtime", self.runtime)]
+        lines = [aligned(rows)] + ([str(self.parity)] if self.parity else [])
+        lines += [f"problem: {problem}" for problem in self.problems] or ["ok"]
+        return "\n".join(lines)
+
+
+def export(
+    model,
+    path: str | os.PathLike,
+    recipe: str | Recipe = "float32",
+    data: Data | None = None,
+    *,
+    input_shape=None,
+    batch_size: int = 1,
+    float_io: bool = False,
+    allow_flex: bool = False,
+    samples: int = 200,
+    threads: int = 1,
+    runs: int = 50,
+) -> Report:
+    """Writes a Keras model as a .tflite file and measures it.
+
+    The model is not changed. The file is written next to its destination under another name and then renamed, and only after it
+    was run: if anything fails, a file that stood there before still does.
+
+    Args:
+        model: a built Functional or Sequential Keras 3 model, on the TensorFlow backend.
+        path: ends in ".tflite"; its folder exists.
+        recipe: "float32", "float16", "dynamic_int8", "int8", "int16x8", or a Recipe.
+        data: typical samples, preprocessed as in training: they calibrate the recipes int8 and int16x8 (which need them) and are the
+            inputs of the parity measurement. An array (samples, ...), a list of arrays in the order of `model.inputs`, a dict
+            name -> array, a tf.data.Dataset, or an iterable of batches; labels in (x, y) are ignored.
+        input_shape: of one sample, where the model leaves sizes open: a tuple; for several inputs a list, or a dict by name.
+        batch_size: samples per invocation of the file; it is fixed in the file.
+        float_io: keep float32 inputs and outputs with int8 and int16x8.
+        allow_flex: let the file use TensorFlow operators that the format lacks; it then needs a runtime with Flex.
+        samples: how many samples of `data` calibrate at most; the first 64 of them (or 64 generated ones) measure parity.
+        threads: CPU threads for the latency.
+        runs: timed invocations; 0 leaves the latency out.
+
+    Raises:
+        ValueError, TypeError: what was passed cannot be exported; the message says how to mend it. Nothing was written.
+        FileNotFoundError, PermissionError, OSError: the path cannot be written. Nothing was converted.
+        RuntimeError: the converter failed for a reason unknown to this package. Nothing was written.
+
+    Example:
+        >>> report = export(model, "small.tflite", recipe="int8", data=x_train[:200])      # doctest: +SKIP
+        >>> report.bytes, report.parity.outputs[0].top1_agreement                          # doctest: +SKIP
+        (183512, 0.98)
+    """
+    recipe = get(recipe)
+    check_model(model)
+    check_threads(threads)
+    check_batch_size(model, batch_size)
+    if not isinstance(runs, int) or isinstance(runs, bool) or runs < 0:
+        raise ValueError(f"runs={runs!r} was passed; expected a whole number; 0 leaves the latency out.")
+    with _replacing(path) as file:
+        plain = in_float32(model)
+        inputs = model_inputs(plain, input_shape)
+        arrays = calibration(recipe, data, inputs, samples)
+        content = to_tflite(plain, recipe, arrays, input_shape=input_shape, batch_size=batch_size,
+                            float_io=float_io, allow_flex=allow_flex, samples=samples)  # fmt: skip
+        runner = Runner(content, threads)
+        parity = compare(plain, runner, arrays, input_shape=input_shape, samples=PARITY_SAMPLES)
+        latency = measure_latency(runner, runs=runs) if runs else None
+        file.write(content)
+    return Report(
+        path=os.fspath(path),
+        bytes=len(content),
+        recipe=recipe.name,
+        tolerance=recipe.tolerance,
+        operators=runner.operators,
+        inputs=runner.inputs,
+        outputs=runner.outputs,
+        parity=parity,
+        latency=latency,
+        notes=_notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0),
+        versions=_versions(),
+    )
+
+
+def check(
+    path: str | os.PathLike,
+    model=None,
+    data: Data | None = None,
+    *,
+    tolerance: float | None = None,
+    allow_flex: bool = False,
+    samples: int = PARITY_SAMPLES,
+    threads: int = 1,
+) -> Check:
+    """Looks into a .tflite file, whoever made it: does it load and run, what is in it, does it compute what Keras computes.
+
+    A file that is damaged or does not fit is no exception but a result, with `ok` False and the reason in `problems`.
+
+    Args:
+        path: of the file.
+        model: a Keras model to compare with; needs TensorFlow, which the rest of this function does not.
+        data: samples for the comparison; generated if None.
+        tolerance: largest `parity.relative_error` that counts as equal. By default that of the recipe the file names, and for files of
+            other exporters that of "float32", or of "int8" if the file holds quantised numbers.
+        allow_flex: do not count Flex operators as a problem.
+        samples: largest number of samples compared.
+        threads: CPU threads.
+
+    Raises:
+        FileNotFoundError, OSError: the file cannot be read.
+        ValueError, TypeError: bad arguments, model or data.
+
+    Example:
+        >>> check("small.tflite").problems                         # doctest: +SKIP
+        ()
+    """
+    check_threads(threads)
+    if tolerance is not None and not tolerance >= 0:
+        raise ValueError(
+            f"tolerance={tolerance!r} was passed; expected a number from 0: largest error / largest output."
+        )
+    if model is not None:
+        check_model(model)
+    content = read(os.fspath(path))
+    try:
+        runner = Runner(os.fspath(path), threads)
+        runner.set(runner.random_inputs())
+        runner.interpreter.invoke()
+    except (ValueError, RuntimeError) as error:
+        return Check(os.fspath(path), len(content), (str(error),))
+    flex = tuple(name for name in runner.operators if name.startswith("CUSTOM:Flex"))
+    custom = tuple(name for name in runner.operators if name.startswith("CUSTOM:") and name not in flex)
+    problems = []
+    if flex and not allow_flex:
+        problems.append(f"runs only where TensorFlow's kernels are linked in: {', '.join(flex)}")
+    recipe = _recipe_named(runner.description)
+    parity = None
+    if model is not None:
+        quantised = any("QUANTIZE" in name for name in runner.operators) or any(
+            port.scale for port in runner.inputs + runner.outputs
+        )
+        tolerance = get(recipe or ("int8" if quantised else "float32")).tolerance if tolerance is None else tolerance
+        try:
+            parity = compare(model, runner, data, samples=samples)
+        except ValueError as error:
+            if "not the same model" not in str(error):
+                raise
+            problems.append(str(error))
+        if parity and not parity.relative_error <= tolerance:
+            problems.append(
+                f"relative error {parity.relative_error:.3g} against Keras is above the tolerance {tolerance:g}"
+            )
+    sides = [
+        name
+        for name, ports in (("inputs", runner.inputs), ("outputs", runner.outputs))
+        if any(port.scale for port in ports)
+    ]
+    return Check(os.fspath(path), len(content), tuple(problems), recipe, runner.operators, flex, custom, runner.inputs, runner.outputs,
+                 " and ".join(sides) or "none", runner.runtime, parity, tolerance if model is not None else None)  # fmt: skip
+
+
+@contextlib.contextmanager
+def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
+    """A new file that takes the place of `path` when the block ends well, and vanishes when it does not."""
+    path = os.fspath(path)
+    folder = os.path.dirname(os.path.abspath(path))
+    if not path.endswith(".tflite"):
+        raise ValueError(f"path={path!r} was passed; expected a name that ends in .tflite.")
+    if os.path.isdir(path):
+        raise IsADirectoryError(f"path={path!r} is a folder; expected the name of a file.")
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"The folder {folder!r} of path={path!r} does not exist; create it first.")
+    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        file = open(temporary, "xb")
+    except OSError as error:
+        raise type(error)(
+            f"No file can be written in the folder {folder!r} of path={path!r}: {error.strerror}."
+        ) from error
+    try:
+        with file:
+            yield file
+        os.replace(temporary, path)
+    except BaseException:  # also Ctrl-C
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise
+
+
+def _content_rows(
+    operators: dict[str, int], inputs: tuple[Port, ...], outputs: tuple[Port, ...]
+) -> list[tuple[str, str]]:
+    rows = [
+        (
+            "operators",
+            f"{sum(operators.values())}: " + ", ".join(f"{name} {count}" for name, count in operators.items()),
+        )
+    ]
+    rows += [("input", str(port)) for port in inputs]
+    return rows + [("output", str(port)) for port in outputs]
+
+
+def _recipe_named(description: str) -> str:
+    words = dict(word.split("=", 1) for word in description.split() if "=" in word)
+    name = words.get("recipe", "")
+    return name if "tflite_export" in description and name in RECIPES else ""
+
+
+def _notes(model, plain, runner: Runner, recipe: Recipe, samples: int) -> tuple[str, ...]:
+    notes = []
+    if plain is not model:
+        notes.append(
+            "The model computes in 16-bit floats; the file, and the Keras it is compared with, compute in float32."
+        )
+    if any(name.startswith("CUSTOM:Flex") for name in runner.operators):
+        notes.append("The file runs only where TensorFlow's kernels (Flex) are linked in.")
+    if recipe.needs_data and samples < 100:
+        notes.append(f"Calibrated on {samples} samples; about 100 to 500 are usual.")
+    return tuple(notes)
+
+
+def _versions() -> dict[str, str]:
+    from tflite_export import __version__
+
+    versions = {"tflite_export": __version__, "python": platform.python_version()}
+    for name in ("keras", "tensorflow", "ai-edge-litert", "numpy"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    return versions
