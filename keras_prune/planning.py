@@ -127,6 +127,7 @@ def plan(
     protect: Sequence[str | keras.layers.Layer] = (),
     data=None,
     seed: int | None = None,
+    already: Ids = (),
 ) -> Plan:
     """Decide which units leave. Changes nothing.
 
@@ -142,6 +143,7 @@ def plan(
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
         data: labelled data for "taylor": (x, y) arrays or an iterable of such batches.
         seed: for "random".
+        already: ids of units that are removed in any case (pruning goes on where it stopped). They count as removed.
 
     Returns:
         A Plan. The sparsity is met within one rounding step of one group, or a note says why not.
@@ -165,13 +167,14 @@ def plan(
             "; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs."))
     notes: list[str] = []
     reasons = _protected(channels, protect)
-    scores = _scores(channels, criterion, criterion_function, data, reasons, notes)
+    alive = channels.alive(already)
+    scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(f"protect={list(protect)!r} leaves nothing to prune; protect fewer layers.")
     choice = _Choice(channels, free, [scores[g.index] for g in free], budget_function, measure_function, round_to)
     counts, largest = choice.search(sparsity)
-    removed = choice.removed(counts)
+    removed = np.union1d(choice.removed(counts), np.asarray(already, int))
     reached = choice.sparsity(counts)
     notes += choice.explain(sparsity, reached, largest)
     if channels.uncounted:
@@ -231,8 +234,8 @@ def _protected(channels: Channels, protect) -> dict[int, str]:
     return reasons
 
 
-def _scores(channels, name, function: Callable, data, reasons: dict, notes: list) -> dict[int, np.ndarray]:
-    """Scores per group index. Groups that cannot be scored are added to `reasons`."""
+def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:
+    """Scores per group index, -inf for units that are gone. Groups that cannot be scored are added to `reasons`."""
     shadows = gradient_times_weight(channels, data) if name in criteria.NEEDS_DATA and isinstance(name, str) else None
     scores = {}
     for group in channels.groups:
@@ -242,7 +245,9 @@ def _scores(channels, name, function: Callable, data, reasons: dict, notes: list
         if not blocks:
             reasons[group.index] = f"has nothing for {name} to score"
             continue
-        scores[group.index] = np.mean([_normalised(function(rows), group) for rows in blocks], axis=0)
+        here = alive[group.units]
+        scores[group.index] = np.full(len(group), -np.inf)
+        scores[group.index][here] = np.mean([_normalised(function(rows[here]), group, int(here.sum())) for rows in blocks], axis=0)
     if not scores and len(reasons) == len(channels.groups) and name in criteria.SCALES:
         raise ValueError("criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
                          "Use criterion='l2'.")
@@ -261,12 +266,12 @@ def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]
     return [np.stack([b[k].sum(axis=1) for b in per_batch], axis=1) for k in range(len(known))]
 
 
-def _normalised(scores, group: Group) -> np.ndarray:
+def _normalised(scores, group: Group, n: int) -> np.ndarray:
     """Scores divided by their mean, so that groups and producers of different scale can be compared."""
     scores = np.asarray(scores, np.float64)
-    if scores.shape != (len(group),):
-        raise ValueError(f"The criterion returned shape {scores.shape} for group {group.name}; expected ({len(group)},): "
-                         "one score per unit.")
+    if scores.shape != (n,):
+        raise ValueError(f"The criterion returned shape {scores.shape} for group {group.name}; expected ({n},): one "
+                         "score per unit.")
     if not np.isfinite(scores).all():
         raise ValueError(f"The criterion returned NaN or infinite scores for group {group.name}.")
     mean = np.abs(scores).mean()
@@ -283,6 +288,7 @@ class _Choice:
         if not self.total > 0:
             raise ValueError(f"The measure of the whole model is {self.total}; expected a number above 0.")
         self.orders: list[np.ndarray] = [np.argsort(s, kind="stable") for s in scores]
+        self.whole = [int(np.isfinite(s).sum()) for s in scores]  # units that are still there
 
     def grid(self, group: Group) -> int:
         """Units per rounding step: a unit of a grouped convolution is several channels."""
@@ -300,7 +306,7 @@ class _Choice:
             self.orders[k] = np.lexsort((self.scores[k], ~gone))
             n, step = len(group) - int(gone.sum()), self.grid(group)
             rounded = int(n / step + 0.5) * step
-            kept.append(len(group) if rounded >= len(group) else max(rounded, self.least(group)))
+            kept.append(min(self.whole[k], len(group) if rounded >= len(group) else max(rounded, self.least(group))))
         return kept
 
     def removed(self, counts: list[int]) -> Ids:
@@ -312,10 +318,10 @@ class _Choice:
 
     def search(self, target: float) -> tuple[list[int], float]:
         """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
-        whole = [len(g) for g in self.groups]
-        least = [self.least(g) for g in self.groups]
+        whole = list(self.whole)
+        least = [min(n, self.least(g)) for g, n in zip(self.groups, whole)]
         largest = self.sparsity(least)
-        if target <= 0:
+        if target <= self.sparsity(whole):
             return whole, largest
         if target >= largest:
             return least, largest

@@ -77,7 +77,10 @@ def _add_check(commands) -> None:
     parser = commands.add_parser(
         "check",
         help="does a .tflite file load, what is in it, does it compute what Keras computes",
-        description="Loads and runs a .tflite file, lists its operators, inputs and outputs, and compares it with a Keras model.",
+        description=(
+            "Loads and runs a .tflite file, lists its operators, inputs and outputs, and compares it with a "
+            "Keras model."
+        ),
         epilog="Example:\n  tflite-export check small.tflite --model model.keras --data test.npz",
         formatter_class=_FORMATTER,
     )
@@ -137,7 +140,7 @@ def _convert(options):
         threads=options.threads,
         runs=options.runs,
     )
-    return report, report.within_tolerance
+    return report, report.within_tolerance or report.parity is None
 
 
 def _check(options):
@@ -197,7 +200,8 @@ def _load_model(path: str, unsafe: bool):
                 mend = "it holds code (a Lambda layer), which is not run unless you trust the file and pass --unsafe."
             elif "Could not locate" in reason or "Unknown layer" in reason:
                 mend = (
-                    "it holds layers or functions of your own, which this command does not know. Load it in Python, where they are "
+                    "it holds layers or functions of your own, which this command does not know. Load it in Python, "
+                    "where they are "
                     f"imported, and call tflite_export.export. Keras says: {reason[:160]}"
                 )
             else:

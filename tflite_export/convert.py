@@ -43,7 +43,7 @@ def to_tflite(
     arrays = calibration(recipe, data, inputs, samples)
     with quiet():
         function = _trace(model, inputs, batch_size)
-        _refuse_loops(function, recipe)
+        _refuse_loops(model, function, recipe)
         converter = _converter(function, recipe, arrays, batch_size, float_io, allow_flex)
         try:
             content = bytes(converter.convert())
@@ -66,6 +66,13 @@ def check_batch_size(model, batch_size: int) -> None:
 
 def calibration(recipe: Recipe, data: Data | None, inputs: list[Input], samples: int) -> list[np.ndarray] | None:
     """The samples that were passed, checked, as one array per input; None without data, where the recipe needs none."""
+    indices = [each for each in inputs if each.below is not None and "float" in each.dtype]
+    if recipe.needs_data and indices:
+        raise ValueError(
+            f"The input {indices[0]} feeds an Embedding; recipe={recipe.name!r} would round its indices like any "
+            "real numbers. "
+            f"Build the model with keras.Input(..., dtype='int32'), or use recipe='dynamic_int8'."
+        )
     if data is not None:
         return collect(data, inputs, samples)
     if recipe.needs_data:
@@ -97,7 +104,8 @@ def in_float32(model):
                           for weight in model.weights])  # fmt: skip
     except Exception as error:
         raise ValueError(
-            f"The layer {low[0].name!r} computes in {low[0].compute_dtype}, which .tflite files do not, and the model could not be "
+            f"The layer {low[0].name!r} computes in {low[0].compute_dtype}, which .tflite files do not, and the "
+            "model could not be "
             f"rebuilt in float32 ({first_line(error)}). Build it with the dtype policy 'float32' and load its weights."
         ) from error
     return copy
@@ -127,12 +135,16 @@ def _trace(model, inputs: list[Input], batch_size: int):
     return tf.function(call, autograph=False).get_concrete_function(*specs)
 
 
-def _refuse_loops(function, recipe: Recipe) -> None:
+def _refuse_loops(model, function, recipe: Recipe) -> None:
+    import keras
+
     loops = [node.name for node in function.graph.get_operations() if node.type in ("While", "StatelessWhile")]
     if recipe.needs_data and loops:
         # TensorFlow 2.21's calibrator ends the whole process with a segmentation fault here.
+        recurrent = [layer.name for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN)]
         raise ValueError(
-            f"recipe={recipe.name!r} cannot calibrate the loop in {loops[0].rsplit('/', 1)[0]!r}: build that recurrent layer "
+            f"recipe={recipe.name!r} cannot calibrate a loop, here in {', '.join(recurrent) or loops[0]!r}: build "
+            "recurrent layers "
             "with unroll=True (the weights fit), or use recipe='dynamic_int8'."
         )
 
@@ -171,7 +183,8 @@ def _explained(error: Exception, recipe: Recipe) -> Exception:
     flex = re.search(r"(?:TF Select|Flex) ops: *([^\n]+)", text)
     if flex:
         return ValueError(
-            f"The file format has no operator for TensorFlow's {flex[1].strip()}. Build the model without it, or pass allow_flex=True: "
+            f"The file format has no operator for TensorFlow's {flex[1].strip()}. Build the model without it, or "
+            "pass allow_flex=True: "
             "such a file runs only where TensorFlow's own kernels (Flex) are linked in."
         )
     custom = re.search(r"Custom ops: *([^\n]+)", text)
@@ -187,7 +200,8 @@ def _explained(error: Exception, recipe: Recipe) -> Exception:
         )
     if "min/max" in text or "Max and min" in text:
         return ValueError(
-            f"recipe={recipe.name!r} cannot be calibrated for this model ({first_line(error)}). The converter does so for models "
+            f"recipe={recipe.name!r} cannot be calibrated for this model ({first_line(error)}). The converter does "
+            "so for models "
             "with integer inputs in int16x8: use recipe='int8' or 'dynamic_int8'."
         )
     return RuntimeError(f"TensorFlow's converter failed on recipe={recipe.name!r}: {first_line(error)}")

@@ -12,7 +12,7 @@ from typing import BinaryIO
 from tflite_export.convert import calibration, check_batch_size, in_float32, to_tflite
 from tflite_export.inputs import Data, check_model, model_inputs
 from tflite_export.latency import Latency, measure_latency
-from tflite_export.parity import Parity, compare
+from tflite_export.parity import DifferentModel, Parity, compare
 from tflite_export.recipes import RECIPES, Recipe, get
 from tflite_export.records import Record, aligned, size_text
 from tflite_export.runner import Port, Runner, check_threads, read
@@ -31,8 +31,9 @@ class Report(Record):
         tolerance: the recipe's; `parity.relative_error` should not exceed it.
         operators: name -> count, of the file itself.
         inputs, outputs: a Port each, in the file's order.
-        parity: with Keras; in float32 if the model computes in less.
-        latency: on this machine; None if runs=0.
+        parity: with Keras; in float32 if the model computes in less. None for a file with Flex operators, which the
+            runtime of this package does not run.
+        latency: on this machine; None if runs=0 and for a file with Flex operators.
         notes: what the user should know, one sentence each.
         versions: package -> version.
     """
@@ -44,29 +45,26 @@ class Report(Record):
     operators: dict[str, int]
     inputs: tuple[Port, ...]
     outputs: tuple[Port, ...]
-    parity: Parity
+    parity: Parity | None
     latency: Latency | None
     notes: tuple[str, ...]
     versions: dict[str, str]
 
     @property
     def within_tolerance(self) -> bool:
-        return self.parity.relative_error <= self.tolerance
+        """Whether parity was measured and is as near as the recipe promises."""
+        return self.parity is not None and self.parity.relative_error <= self.tolerance
 
     def __str__(self) -> str:
         rows = [("file", self.path), ("recipe", self.recipe), ("size", size_text(self.bytes))]
         rows += _content_rows(self.operators, self.inputs, self.outputs)
-        verdict = "within" if self.within_tolerance else "OUTSIDE"
-        rows.append(
-            (
-                "tolerance",
-                f"relative error {self.parity.relative_error:.3g} is {verdict} the recipe's {self.tolerance:g}",
-            )
-        )
+        if self.parity:
+            verdict = "within" if self.within_tolerance else "OUTSIDE"
+            error = f"relative error {self.parity.relative_error:.3g}"
+            rows.append(("tolerance", f"{error} is {verdict} the recipe's {self.tolerance:g}"))
         rows += [("note", note) for note in self.notes]
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())))
-        parts = [aligned(rows), str(self.parity)] + ([str(self.latency)] if self.latency else [])
-        return "\n".join(parts)
+        return "\n".join([aligned(rows)] + [str(part) for part in (self.parity, self.latency) if part])
 
 
 @dataclass(frozen=True)
@@ -102,6 +100,7 @@ class Check(Record):
 
     @property
     def ok(self) -> bool:
+        """Whether no problem was found."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -131,21 +130,25 @@ def export(
 ) -> Report:
     """Writes a Keras model as a .tflite file and measures it.
 
-    The model is not changed. The file is written next to its destination under another name and then renamed, and only after it
+    The model is not changed. The file is written next to its destination under another name and then renamed, and
+    only after it
     was run: if anything fails, a file that stood there before still does.
 
     Args:
         model: a built Functional or Sequential Keras 3 model, on the TensorFlow backend.
         path: ends in ".tflite"; its folder exists.
         recipe: "float32", "float16", "dynamic_int8", "int8", "int16x8", or a Recipe.
-        data: typical samples, preprocessed as in training: they calibrate the recipes int8 and int16x8 (which need them) and are the
-            inputs of the parity measurement. An array (samples, ...), a list of arrays in the order of `model.inputs`, a dict
-            name -> array, a tf.data.Dataset, or an iterable of batches; labels in (x, y) are ignored.
-        input_shape: of one sample, where the model leaves sizes open: a tuple; for several inputs a list, or a dict by name.
+        data: typical samples, preprocessed as in training: they calibrate the recipes int8 and int16x8 (which need
+            them) and are the inputs of the parity measurement. An array (samples, ...), a list of arrays in the order
+            of `model.inputs`, a dict name -> array, a tf.data.Dataset, or an iterable of batches; labels in (x, y) are
+            ignored.
+        input_shape: of one sample, where the model leaves sizes open: a tuple; for several inputs a list, or a dict
+            by name.
         batch_size: samples per invocation of the file; it is fixed in the file.
         float_io: keep float32 inputs and outputs with int8 and int16x8.
         allow_flex: let the file use TensorFlow operators that the format lacks; it then needs a runtime with Flex.
-        samples: how many samples of `data` calibrate at most; the first 64 of them (or 64 generated ones) measure parity.
+        samples: how many samples of `data` calibrate at most; the first 64 of them (or 64 generated ones) measure
+            parity.
         threads: CPU threads for the latency.
         runs: timed invocations; 0 leaves the latency out.
 
@@ -172,8 +175,10 @@ def export(
         content = to_tflite(plain, recipe, arrays, input_shape=input_shape, batch_size=batch_size,
                             float_io=float_io, allow_flex=allow_flex, samples=samples)  # fmt: skip
         runner = Runner(content, threads)
-        parity = compare(plain, runner, arrays, input_shape=input_shape, samples=PARITY_SAMPLES)
-        latency = measure_latency(runner, runs=runs) if runs else None
+        parity = latency = None
+        if not _flex(runner):
+            parity = compare(plain, runner, arrays, input_shape=input_shape, samples=PARITY_SAMPLES)
+            latency = measure_latency(runner, runs=runs) if runs else None
         file.write(content)
     return Report(
         path=os.fspath(path),
@@ -208,8 +213,8 @@ def check(
         path: of the file.
         model: a Keras model to compare with; needs TensorFlow, which the rest of this function does not.
         data: samples for the comparison; generated if None.
-        tolerance: largest `parity.relative_error` that counts as equal. By default that of the recipe the file names, and for files of
-            other exporters that of "float32", or of "int8" if the file holds quantised numbers.
+        tolerance: largest `parity.relative_error` that counts as equal. By default that of the recipe the file names,
+            and for files of other exporters that of "float32", or of "int8" if the file holds quantised numbers.
         allow_flex: do not count Flex operators as a problem.
         samples: largest number of samples compared.
         threads: CPU threads.
@@ -232,27 +237,30 @@ def check(
     content = read(os.fspath(path))
     try:
         runner = Runner(os.fspath(path), threads)
-        runner.set(runner.random_inputs())
-        runner.interpreter.invoke()
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         return Check(os.fspath(path), len(content), (str(error),))
-    flex = tuple(name for name in runner.operators if name.startswith("CUSTOM:Flex"))
+    flex = _flex(runner)
     custom = tuple(name for name in runner.operators if name.startswith("CUSTOM:") and name not in flex)
-    problems = []
+    problems: list[str] = []
+    recipe, parity = _recipe_named(runner.description), None
     if flex and not allow_flex:
         problems.append(f"runs only where TensorFlow's kernels are linked in: {', '.join(flex)}")
-    recipe = _recipe_named(runner.description)
-    parity = None
-    if model is not None:
+    if flex and model is not None:
+        problems.append("was not compared with the model: the runtime used here has no Flex")
+    if not flex:
+        try:
+            runner.set(runner.random_inputs())
+            runner.interpreter.invoke()
+        except (ValueError, RuntimeError) as error:
+            problems.append(str(error))
+    if model is not None and not flex and not problems:
         quantised = any("QUANTIZE" in name for name in runner.operators) or any(
             port.scale for port in runner.inputs + runner.outputs
         )
         tolerance = get(recipe or ("int8" if quantised else "float32")).tolerance if tolerance is None else tolerance
         try:
             parity = compare(model, runner, data, samples=samples)
-        except ValueError as error:
-            if "not the same model" not in str(error):
-                raise
+        except DifferentModel as error:
             problems.append(str(error))
         if parity and not parity.relative_error <= tolerance:
             problems.append(
@@ -263,7 +271,8 @@ def check(
         for name, ports in (("inputs", runner.inputs), ("outputs", runner.outputs))
         if any(port.scale for port in ports)
     ]
-    return Check(os.fspath(path), len(content), tuple(problems), recipe, runner.operators, flex, custom, runner.inputs, runner.outputs,
+    return Check(os.fspath(path), len(content), tuple(problems), recipe, runner.operators, flex, custom,
+    runner.inputs, runner.outputs,
                  " and ".join(sides) or "none", runner.runtime, parity, tolerance if model is not None else None)  # fmt: skip
 
 
@@ -308,6 +317,10 @@ def _content_rows(
     return rows + [("output", str(port)) for port in outputs]
 
 
+def _flex(runner: Runner) -> tuple[str, ...]:
+    return tuple(name for name in runner.operators if name.startswith("CUSTOM:Flex"))
+
+
 def _recipe_named(description: str) -> str:
     words = dict(word.split("=", 1) for word in description.split() if "=" in word)
     name = words.get("recipe", "")
@@ -320,8 +333,10 @@ def _notes(model, plain, runner: Runner, recipe: Recipe, samples: int) -> tuple[
         notes.append(
             "The model computes in 16-bit floats; the file, and the Keras it is compared with, compute in float32."
         )
-    if any(name.startswith("CUSTOM:Flex") for name in runner.operators):
-        notes.append("The file runs only where TensorFlow's kernels (Flex) are linked in.")
+    if _flex(runner):
+        notes.append(
+            "The file runs only where TensorFlow's kernels (Flex) are linked in; it was not run, compared or timed."
+        )
     if recipe.needs_data and samples < 100:
         notes.append(f"Calibrated on {samples} samples; about 100 to 500 are usual.")
     return tuple(notes)

@@ -40,7 +40,8 @@ def check_model(model) -> None:
         )
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
-            f"Keras runs on the {keras.backend.backend()} backend here; the converter needs TensorFlow's. Save the model with "
+            f"Keras runs on the {keras.backend.backend()} backend here; the converter needs TensorFlow's. Save the "
+            "model with "
             "model.save('model.keras') and export that file in a process started with KERAS_BACKEND=tensorflow."
         )
     if getattr(model, "inputs", None) is None:
@@ -60,7 +61,8 @@ def check_model(model) -> None:
         if values.dtype.kind not in "iub" and not np.isfinite(values.astype("float32")).all():
             layer = weight.path.rsplit("/", 1)[0]
             raise ValueError(
-                f"The layer {layer!r} has NaN or infinite numbers in its weight {weight.name!r}: the file would compute NaN. "
+                f"The layer {layer!r} has NaN or infinite numbers in its weight {weight.name!r}: the file would "
+                "compute NaN. "
                 "Train again with a lower learning rate, or load an earlier checkpoint."
             )
 
@@ -93,7 +95,8 @@ def model_inputs(model, input_shape=None) -> list[Input]:
             )
         if None in wanted:
             raise ValueError(
-                f"The input {name!r} has the shape {shape} (without the batch), in which None leaves a size open; a .tflite file "
+                f"The input {name!r} has the shape {shape} (without the batch), in which None leaves a size open; a "
+                ".tflite file "
                 f"runs best at one fixed size. Pass it, for example input_shape={tuple(size or 224 for size in shape)}."
             )
         found.append(Input(name, wanted, dtype, _below(model, tensor)))
@@ -116,7 +119,8 @@ def collect(data: Data, inputs: list[Input], limit: int) -> list[np.ndarray]:
 
     Args:
         data: for one input an array (samples, ...) or an iterable of batches; for several a list of arrays in the order
-            of `model.inputs` or a dict name -> array; or a tf.data.Dataset, a PyDataset or a generator of batches of these,
+            of `model.inputs` or a dict name -> array; or a tf.data.Dataset, a PyDataset or a generator of batches of
+            these,
             with or without labels: of a tuple (x, y), x is taken. Samples without a batch axis are understood as well.
         inputs: what the model takes.
         limit: largest number of samples taken, from 1.

@@ -50,7 +50,8 @@ class Benchmark(Record):
     """Two files timed in turns.
 
     Attributes:
-        ratio, ratio_p10, ratio_p90: time of b / time of a, within one round each; median over the rounds. Below 1, b is faster.
+        ratio, ratio_p10, ratio_p90: time of b / time of a, within one round each; median over the rounds. Below 1, b
+            is faster.
         a, b: Latency of each file over the same rounds.
         path_a, path_b: the files.
         rounds: how many.
@@ -73,11 +74,13 @@ class Benchmark(Record):
             ),
             (
                 "a",
-                f"{self.a.median:.3f} ms (p10 {self.a.p10:.3f}, p90 {self.a.p90:.3f})  {self.path_a}, delegate: {self.a.delegate}",
+                f"{self.a.median:.3f} ms (p10 {self.a.p10:.3f}, p90 {self.a.p90:.3f})  {self.path_a}, delegate: "
+                f"{self.a.delegate}",
             ),
             (
                 "b",
-                f"{self.b.median:.3f} ms (p10 {self.b.p10:.3f}, p90 {self.b.p90:.3f})  {self.path_b}, delegate: {self.b.delegate}",
+                f"{self.b.median:.3f} ms (p10 {self.b.p10:.3f}, p90 {self.b.p90:.3f})  {self.path_b}, delegate: "
+                f"{self.b.delegate}",
             ),
             ("machine", f"{self.a.cpu}, {self.a.threads} thread(s), {self.a.runtime}"),
         ]
@@ -120,8 +123,8 @@ def benchmark(
 ) -> Benchmark:
     """Times two files in turns (A B A B ...) and compares them round by round.
 
-    Machines get slower and faster by themselves, within seconds. Both files of one round meet the same machine, so their ratio is
-    steadier than the ratio of two latencies measured one after the other.
+    Machines get slower and faster by themselves, within seconds. Both files of one round meet the same machine, so
+    their ratio is steadier than the ratio of two latencies measured one after the other.
 
     Args:
         a, b: path or bytes of a .tflite file.

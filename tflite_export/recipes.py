@@ -52,7 +52,9 @@ RECIPES: dict[str, Recipe] = {
     ),
     "dynamic_int8": Recipe(
         name="dynamic_int8",
-        summary="int8 weights, activations quantised while it runs. Needs no data. Weights under 1024 numbers stay float.",
+        summary=(
+            "int8 weights, activations quantised while it runs. Needs no data. Weights under 1024 numbers stay float."
+        ),
         tolerance=0.15,
     ),
     "int8": Recipe(

@@ -59,13 +59,13 @@ class Runner:
     Attributes:
         inputs, outputs: tuples of Port in the file's own order (the converter may have changed the model's order).
         operators: name -> count; "CUSTOM:Flex..." are TensorFlow operators that only run where Flex is linked in.
-        delegate: what takes operators over from the built-in kernels, as text.
         runtime: name and version of the interpreter.
         threads, batch_size: as passed; samples per invocation.
         interpreter: the interpreter itself.
 
     Raises:
-        ValueError: not a whole .tflite file, or one that this runtime cannot run.
+        ValueError: not a whole .tflite file. (One with operators that this runtime lacks can be looked into; `set`
+            and `run` raise ValueError for it.)
         FileNotFoundError: no file at that path.
 
     Example:
@@ -85,23 +85,22 @@ class Runner:
         self._in, self._out = self.interpreter.get_input_details(), self.interpreter.get_output_details()
         self.inputs = _ports(self._in, names_in)
         self.outputs = _ports(self._out, names_out)
+        self._shapes: list[tuple[int, ...]] = []
         self.batch_size = max(int(self._in[0]["shape"][0]), 1) if self._in and len(self._in[0]["shape"]) else 1
+
+    @property
+    def delegate(self) -> str:
+        """What takes operators over from the built-in kernels, known once a batch was set."""
         taken = sum(item["op_name"] == "DELEGATE" for item in self.interpreter._get_ops_details())
-        flex = any(name.startswith("CUSTOM:Flex") for name in self.operators)
-        kind = "Flex and XNNPACK" if flex else "XNNPACK"
-        self.delegate = f"{kind}, {taken} part{'s' * (taken != 1)}" if taken else "none"
+        return f"XNNPACK, {taken} part{'s' * (taken != 1)}" if taken else "none"
 
     def set(self, batch: Sequence[np.ndarray]) -> None:
         """Puts one batch (batch_size, ...) of real numbers per input in place; `interpreter.invoke()` then runs it."""
-        open_sizes = [
-            (detail["index"], array.shape)
-            for detail, array in zip(self._in, batch, strict=True)
-            if -1 in detail["shape_signature"] and tuple(self._shape_now(detail)) != array.shape
-        ]
-        for index, shape in open_sizes:
-            self.interpreter.resize_tensor_input(index, shape)
-        if open_sizes:
-            self.interpreter.allocate_tensors()
+        shapes = [array.shape for array in batch]
+        if shapes != self._shapes:
+            for detail, shape in zip(self._in, shapes, strict=True):
+                self.interpreter.resize_tensor_input(detail["index"], shape)
+            self._allocate(shapes)
         for detail, port, array in zip(self._in, self.inputs, batch, strict=True):
             self.interpreter.set_tensor(detail["index"], port.store(array))
 
@@ -129,10 +128,17 @@ class Runner:
         return [np.concatenate(result) for result in results]
 
     def random_inputs(self, seed: int = 0) -> list[np.ndarray]:
-        """One batch per input: normal numbers for floats and quantised inputs, zeros for indices and booleans."""
+        """One batch per input: normal numbers for floats and quantised inputs, zeros for indices and booleans.
+
+        Raises ValueError if the file leaves a size other than the batch open.
+        """
         random = np.random.default_rng(seed)
         batch = []
         for port in self.inputs:
+            if -1 in port.shape[1:]:
+                raise ValueError(
+                    f"{self.source} leaves a size of its input {port} open (-1); export it with one fixed size."
+                )
             shape = [max(size, 1) for size in port.shape]
             if port.scale is not None:
                 limits = np.iinfo(port.dtype)
@@ -143,9 +149,13 @@ class Runner:
                 batch.append(np.zeros(shape, port.dtype))
         return batch
 
-    def _shape_now(self, detail) -> Sequence[int]:
-        current = {item["index"]: item["shape"] for item in self.interpreter.get_input_details()}
-        return current[detail["index"]]
+    def _allocate(self, shapes: list[tuple[int, ...]]) -> None:
+        try:
+            with quiet():
+                self.interpreter.allocate_tensors()
+        except RuntimeError as error:
+            raise ValueError(f"{self.runtime} cannot run {self.source}: {first_line(error)}") from error
+        self._shapes = shapes
 
     def _checked(self, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
         arrays = [np.asarray(array) for array in arrays]
@@ -166,7 +176,8 @@ class Runner:
             )
             if not fits:
                 raise ValueError(
-                    f"An array of shape {array.shape} was passed for the input {port}; expected (samples, {', '.join(map(str, wanted))})."
+                    f"An array of shape {array.shape} was passed for the input {port}; expected (samples, "
+                    f"{', '.join(map(str, wanted))})."
                 )
         return arrays
 
@@ -187,7 +198,7 @@ def check_threads(threads: int) -> None:
 
 
 def _interpreter(content: bytes, source: str, threads: int):
-    """The interpreter with its tensors allocated, and the runtime's name and version."""
+    """The interpreter and the runtime's name and version."""
     if content[4:8] != flatbuffer.IDENTIFIER:
         raise ValueError(
             f"{source} is not a .tflite file: the mark TFL3 is missing at byte 4 ({len(content)} bytes read)."
@@ -211,23 +222,16 @@ def _interpreter(content: bytes, source: str, threads: int):
         interpreter = _loaded(Interpreter, content, threads)
         # Now the runtime's verifier has seen the file, so that reading it is safe.
         cut_off = flatbuffer.missing_bytes(content)
-        flex = any(name.startswith("CUSTOM:Flex") for name in flatbuffer.operators(content))
-        if flex and found:
-            Interpreter, runtime = _tensorflow_interpreter()
-            interpreter = _loaded(Interpreter, content, threads)
         if cut_off > 0:
             raise ValueError(f"{source} is cut off: {cut_off} bytes of weights are missing at its end.")
-        with quiet():
-            interpreter.allocate_tensors()
-    except ImportError as error:
-        raise ValueError(f"{source} uses TensorFlow operators (Flex); to run it: pip install tensorflow") from error
     except RuntimeError as error:
         raise ValueError(f"{runtime} cannot run {source}: {first_line(error)}") from error
     except ValueError as error:
         if "Flatbuffer" not in str(error):
             raise
         raise ValueError(
-            f"{source} is damaged or cut off: it starts like a .tflite file, but the flatbuffer inside its {len(content)} bytes "
+            f"{source} is damaged or cut off: it starts like a .tflite file, but the flatbuffer inside its "
+            f"{len(content)} bytes "
             "is not whole. Copy or export it again."
         ) from error
     return interpreter, runtime

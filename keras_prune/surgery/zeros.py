@@ -44,11 +44,11 @@ def zero(channels: Channels, removed: Ids, producers_only: bool = False) -> None
         variable.assign(np.where(mask, keras.ops.convert_to_numpy(variable), 0).astype(variable.dtype))
 
 
-def dead_units(channels: Channels) -> Ids:
+def dead_units(channels: Channels, strict: bool = False) -> Ids:
     """Units that are zero: ids, shape (dead units,).
 
-    A unit is dead when all of its members are zero; also when only its producing side is, provided that it stays
-    zero on its way through the network (no sigmoid, no added constant). Running statistics do not count.
+    A unit is dead when all of its members are zero; also, unless `strict`, when only its producing side is, provided
+    that it stays zero on its way through the network (no sigmoid, no added constant). Running statistics do not count.
     """
     busy, made_busy = (np.zeros(channels.unit_count, bool) for _ in range(2))
     seen, made = (np.zeros(channels.unit_count, bool) for _ in range(2))
@@ -65,7 +65,9 @@ def dead_units(channels: Channels) -> Ids:
             if not weight.reads[axis]:
                 made[ids] = True
                 made_busy[ids[line]] = True
-    dead = (seen & ~busy) | (made & ~made_busy & ~channels.loud)
+    dead = seen & ~busy
+    if not strict:
+        dead |= made & ~made_busy & ~channels.loud
     dead[0] = False
     # A group never loses its last unit; its first one then stays, with its zeros.
     for group in channels.groups:

@@ -1,0 +1,288 @@
+"""Pruning inside `model.fit`: callbacks that zero units between epochs (or batches) and keep them zero.
+
+The mask rides on the optimizer's own variable constraint, so a training step costs no Python work. The zeros are in
+the weights themselves: an ordinary checkpoint carries them, and `strip` reads them.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+
+import keras
+import numpy as np
+
+from keras_prune import budgets, criteria, metrics, schedules
+from keras_prune.channels import Channels
+from keras_prune.planning import plan
+from keras_prune.rules import Ids
+from keras_prune.surgery import dead_units, zero_masks
+
+
+class KeepZeros(keras.constraints.Constraint):
+    """Multiplies a variable by a 0/1 mask after every update, after whatever constraint the user had.
+
+    It sits on the variable, not in the layer's config: saved models know nothing of it.
+    """
+
+    def __init__(self, variable: keras.Variable):
+        self.inner = variable.constraint
+        self.mask = keras.Variable(np.ones(variable.shape), dtype=variable.dtype, trainable=False, name="mask")
+
+    def __call__(self, value):
+        if self.inner is not None:
+            value = self.inner(value)
+        return value * self.mask
+
+
+class Pruner(keras.callbacks.Callback):
+    """Base of all pruning callbacks: it asks `masks(step)` when a step is due, writes the zeros, and holds them.
+
+    A subclass writes `masks`; it may override `begin` (called once the weights are those training starts from, that
+    is after a restored backup) and `figures` (what goes into the logs).
+
+    Args:
+        every: steps between two prunings.
+        unit: what a step is: "epoch" or "batch".
+
+    Attributes:
+        channels: labels of the model, from the beginning of training on.
+    """
+
+    def __init__(self, *, every: int = 1, unit: str = "epoch"):
+        super().__init__()
+        name = type(self).__name__
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every={every!r} was passed to {name}; expected a whole number of steps, from 1 up.")
+        if unit not in ("epoch", "batch"):
+            raise ValueError(f"unit={unit!r} was passed to {name}; known: 'batch', 'epoch'.")
+        self.every, self.unit = every, unit
+        self.channels: Channels | None = None
+        self._began = False
+        self._last_step: int | None = None
+        self._step = 0
+
+    # -- what a subclass writes ----------------------------------------------------------------------------------
+
+    def masks(self, step: int) -> Sequence[tuple[keras.Variable, np.ndarray]]:
+        """(variable, 0/1 mask of its shape) for all weights that hold zeros after this step."""
+        raise TypeError(f"{type(self).__name__} has no masks(step); a Pruner writes at least that method.")
+
+    def begin(self) -> None:
+        """Training begins: weights are in place."""
+
+    def ends_at(self) -> int | None:
+        """The step at which the last value is due, if it is known: it is applied whatever `every` says."""
+        return None
+
+    def holds(self, step: int) -> bool:
+        """Whether zeros are held from this step on (hard), or may grow back (soft)."""
+        return True
+
+    def figures(self) -> dict[str, float]:
+        """Numbers for the logs."""
+        return {}
+
+    # -- Keras calls these ---------------------------------------------------------------------------------------
+
+    def on_train_begin(self, logs=None):
+        if self.channels is None or self.channels.model is not self.model:
+            self.channels = Channels(self.model)
+        self._began = False
+        self._last_step = None
+        trainable = {id(v) for v in self.model.trainable_variables}
+        new = False
+        for weight in self.channels.weights:
+            if id(weight.variable) in trainable and not isinstance(weight.variable.constraint, KeepZeros):
+                weight.variable.constraint = KeepZeros(weight.variable)
+                new = True
+        if new:  # a step function from an earlier fit would not see the constraint
+            self.model.make_train_function(force=True)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        steps = self.params.get("steps")
+        if self.unit == "batch":
+            self._first = epoch * steps if steps else self._step
+            self._step = self._first
+        else:
+            self._step = epoch
+        if not self._began:  # only now has BackupAndRestore restored, wherever it stands in the list of callbacks
+            self._began = True
+            self.begin()
+        if self.unit == "epoch":
+            self._prune_if_due(epoch)
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.unit == "batch":
+            self._step = self._first + batch
+            self._prune_if_due(self._step)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if logs is not None:
+            logs.update(self.figures())
+
+    def on_train_end(self, logs=None):
+        """Averaged or restored weights may have brought small values back: the held zeros are written once more."""
+        held = [(w.variable, w.variable.constraint.mask) for w in self.channels.weights
+                if isinstance(w.variable.constraint, KeepZeros)]
+        for variable, mask in held:
+            _multiply(variable, keras.ops.convert_to_numpy(mask))
+
+    # -- the work ------------------------------------------------------------------------------------------------
+
+    def _prune_if_due(self, step: int) -> None:
+        """Due: the first step, each multiple of `every` that was reached or passed, and the last value's step."""
+        last, end = self._last_step, self.ends_at()
+        due = (last is None or step // self.every > last // self.every
+               or (end is not None and last < end <= step) or (self.holds(step) and not self.holds(last)))
+        if due:
+            self._last_step = step
+            self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Write the zeros of this step, and hold them if pruning is hard."""
+        backend = keras.backend.backend()
+        if backend == "jax":  # training keeps its own copy of the weights between callbacks
+            self.model.jax_state_sync()
+        pairs = list(self.masks(step))
+        changed = False
+        for variable, mask in pairs:
+            _multiply(variable, mask)
+            if self.holds(step) and isinstance(variable.constraint, KeepZeros):
+                variable.constraint.mask.assign(mask)
+                changed = True
+        if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
+            self.model.make_train_function(force=True)
+
+
+def _multiply(variable: keras.Variable, mask: np.ndarray) -> None:
+    value = keras.ops.convert_to_numpy(variable)
+    variable.assign(np.where(mask, value, 0).astype(value.dtype))
+
+
+class FilterPruning(Pruner):
+    """Removes whole units (filters, neurons, heads) while the model trains.
+
+    At every due step the asked sparsity is planned anew on the present weights and the units that leave are zeroed
+    with everything that reads them, so that the zeroed network already computes what the small one will.
+    `strip(model)` afterwards gives the small one.
+
+    Args:
+        sparsity: a number in [0, 1), `{step: sparsity}`, or a schedule (`keras_prune.schedules`): the fraction of
+            `measure` to remove.
+        measure, criterion, budget, round_to, protect, data, seed: as for `keras_prune.plan`.
+        every, unit: prune each `every` steps; a step is an "epoch" or a "batch".
+        soft: let zeroed units grow back until the last epoch [He et al. 2018, arXiv:1808.06866]; then they are
+            zeroed for good. Hard pruning (default) only ever adds units.
+
+    Logs:
+        `sparsity` (of the measure), `params`, `macs` of the network that `strip` would give.
+
+    Put it before CSVLogger and TensorBoard in the list of callbacks: they write the logs as they find them. A run
+    that is killed and restored (keras.callbacks.BackupAndRestore) goes on with the same zeros.
+
+    Example:
+        >>> model.fit(x, y, epochs=10, callbacks=[FilterPruning(0.5)])     # doctest: +SKIP
+        >>> small = strip(model)                                           # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        sparsity: float | Mapping[int, float] | schedules.Schedule = 0.5,
+        *,
+        measure: str | metrics.Measure = "macs",
+        criterion: str | criteria.Criterion = "l2",
+        budget: str | budgets.Budget = "global",
+        round_to: int = 8,
+        every: int = 1,
+        unit: str = "epoch",
+        soft: bool = False,
+        protect: Sequence = (),
+        data=None,
+        seed: int | None = None,
+    ):
+        super().__init__(every=every, unit=unit)
+        self.schedule = schedules.get(sparsity)
+        self.soft = soft
+        metrics.get(measure), budgets.get(budget), criteria.get(criterion)  # unknown names fail now, not in fit
+        self.arguments = dict(measure=measure, criterion=criterion, budget=budget, round_to=round_to, protect=protect,
+                              data=data, seed=seed)
+        self.removed: Ids = np.zeros(0, int)
+
+    def begin(self) -> None:
+        self.removed = dead_units(self.channels, strict=True)
+        end, total = self.ends_at(), self._total_steps()
+        if end is not None and total is not None and end >= total:
+            warnings.warn(
+                f"{type(self).__name__}: the schedule reaches its last value at {self.unit} {end}, but training ends "
+                f"after {total} {self.unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
+                stacklevel=2)
+
+    def _total_steps(self) -> int | None:
+        epochs, steps = self.params.get("epochs"), self.params.get("steps")
+        if self.unit == "epoch" or epochs is None:
+            return epochs
+        return epochs * steps if steps else None
+
+    def ends_at(self) -> int | None:
+        return getattr(self.schedule, "stop", None)
+
+    def holds(self, step: int) -> bool:
+        if not self.soft:
+            return True
+        total = self._total_steps()
+        last_epoch = 1 if self.unit == "epoch" else (self.params.get("steps") or 1)
+        return total is not None and step >= total - last_epoch
+
+    def masks(self, step: int):
+        target = schedules.check_sparsity(self.schedule(step), "FilterPruning by its schedule")
+        hard = self.holds(step)
+        if target > 0:
+            already = self.removed if not self.soft else ()
+            self.removed = plan(self.channels, target, already=already, **self.arguments).removed
+        return [(weight.variable, mask)
+                for weight, mask in zero_masks(self.channels, self.removed, producers_only=not hard)]
+
+    def on_train_end(self, logs=None):
+        if self.soft and self._last_step is not None and not self.holds(self._last_step):
+            self.soft = False  # stopped early: what is zero now is zero for good
+            self.prune(self._last_step)
+            self.soft = True
+        super().on_train_end(logs)
+
+    def figures(self) -> dict[str, float]:
+        measure = metrics.get(self.arguments["measure"])
+        return {
+            "sparsity": 1 - measure(self.channels, self.removed) / measure(self.channels, ()),
+            "params": float(metrics.params(self.channels, self.removed)),
+            "macs": float(metrics.macs(self.channels, self.removed)),
+        }
+
+
+class GradualPruning(FilterPruning):
+    """FilterPruning that starts gently: from nothing to `sparsity` along the cubic ramp of Zhu & Gupta 2017.
+
+    Args:
+        sparsity: the final sparsity, in [0, 1).
+        begin: first step.
+        stop: step at which the final sparsity is reached; default: after 60 % of the training, the rest is recovery.
+        power: 3 is the paper's cubic, 1 a straight line.
+        arguments: as for FilterPruning.
+    """
+
+    def __init__(self, sparsity: float = 0.5, *, begin: int = 0, stop: int | None = None, power: float = 3, **arguments):
+        self.ramp = dict(end=schedules.check_sparsity(sparsity, "GradualPruning"), begin=begin, stop=stop, power=power)
+        super().__init__(self._schedule(stop if stop is not None else begin), **arguments)
+
+    def _schedule(self, stop: int) -> schedules.Curve:
+        ramp = self.ramp
+        return schedules.polynomial(0.0, ramp["end"], begin=ramp["begin"], stop=stop, power=ramp["power"])
+
+    def begin(self) -> None:
+        if self.ramp["stop"] is None:
+            total = self._total_steps()
+            if total is None:
+                raise ValueError("GradualPruning counts batches, but fit does not know how many an epoch has; pass "
+                                 "stop=, or steps_per_epoch= to fit.")
+            self.schedule = self._schedule(max(self.ramp["begin"], int(0.6 * total)))
+        super().begin()
