@@ -13,7 +13,7 @@ from operator import attrgetter
 import keras
 import numpy as np
 
-from keras_prune.rules import Call, Fence, Ids, Labels, Ledger, find_rule
+from keras_prune.rules import FROZEN, Call, Fence, Ids, Labels, Ledger, find_rule
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Weight:
     @property
     def is_statistic(self) -> bool:
         """Running statistics follow the data; they carry no message."""
-        return self.name.startswith("moving_")
+        return self.name.split(".")[-1].startswith(("moving_", "adapt_"))
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,6 @@ class Channels:
     def __init__(self, model: keras.Model, assumed_length: int = 224):
         check_model(model)
         self.model = model
-        self._raw_fences: list[tuple[Fence, Ids]] = []
         self.uncounted: list[str] = []
         self.assumed_length = assumed_length
         self.has_unknown_lengths = any(None in t.shape[1:] for t in graph_of(model).inputs)
@@ -144,9 +143,9 @@ class Channels:
         self._raw_terms: list[tuple] = []
         self._raw_tensors: list[list] = []
         self._tensor_of: dict[int, list] = {}  # id of an ids array -> the tensor that carries it now
-        self._edits: dict[int, dict] = {}
-        self._call_edits: dict[int, dict] = {}
-        self._ids_of: dict[int, Ids] = {}
+        self._config_edits: dict[int, dict] = {}  # id of an operation -> Labels.config
+        self._argument_edits: dict[int, dict] = {}  # id of a node -> Labels.arguments
+        self._raw_ids: dict[int, Ids] = {}  # id of a tensor -> its ids
         self._time = 0
         graph = graph_of(model)
         if self.has_unknown_lengths:
@@ -154,11 +153,8 @@ class Channels:
         inputs = [np.zeros((1,) * len(t.shape), int) for t in graph.inputs]
         outputs = self._walk(graph, inputs)
         for ids in outputs:
-            self._ledger.tie(ids, 0)
-        # A softmax over the model's own outputs costs nothing: they are frozen anyway.
-        out = np.concatenate([ids.ravel() for ids in outputs])
-        self.fences = list(dict.fromkeys(
-            fence for fence, ids in self._raw_fences if not ids.any() or not np.isin(ids, out).all()))
+            self._ledger.tie(ids, FROZEN)
+        self._settle_fences()
         self._resolve()
 
     # -- the walk ------------------------------------------------------------------------------------------------
@@ -175,8 +171,7 @@ class Channels:
             if is_graph(operation):
                 out = self._walk(graph_of(operation), ids)
             else:
-                call = Call(operation, args, kwargs, tensors, ids, node.outputs, self._specs,
-                            self._ledger, self._raw_fences)
+                call = Call(operation, args, kwargs, tensors, ids, node.outputs, self._specs, self._ledger)
                 out = self._visit(node, call)
             for tensor, o in zip(node.outputs, out):
                 values[id(tensor)] = o
@@ -198,28 +193,34 @@ class Channels:
 
     def _know(self, tensor, ids) -> None:
         """Ids of a tensor; one that is reached twice (a nested model called twice) is tied with itself."""
-        known = self._ids_of.get(id(tensor))
+        known = self._raw_ids.get(id(tensor))
         if known is not None and known.shape == ids.shape:
             self._ledger.tie(known, ids)
         elif known is not None:
-            self._ledger.tie(known, 0)
-            self._ledger.tie(ids, 0)
+            self._ledger.tie(known, FROZEN)
+            self._ledger.tie(ids, FROZEN)
         else:
-            self._ids_of[id(tensor)] = ids
+            self._raw_ids[id(tensor)] = ids
 
     def _visit(self, node, call: Call) -> list[Ids]:
         operation = call.operation
         rule = find_rule(operation)
         idle = not any(np.any(x) for x in call.inputs)
-        if rule is None or (idle and not _has_weights(operation) and type(operation).__module__.startswith("keras.")):
-            labels = self._fenced(call, idle)
+        changed = getattr(operation, "lora_enabled", False) or getattr(operation, "quantization_mode", None)
+        if changed:
+            labels = self._fenced(call, "holds LoRA or quantized weights")
+        elif rule is None:
+            labels = self._fenced(call, "a subclassed model has no graph to look into" if isinstance(
+                operation, keras.Model) else "no rule for this type; add one with @keras_prune.rule")
+        elif idle and not _has_weights(operation) and type(operation).__module__.startswith("keras."):
+            labels = Labels(call.frozen())
         else:
             labels = rule(operation, call, *call.inputs)
         out = labels.out if isinstance(labels.out, list) else [labels.out]
         for path, axes in labels.weights.items():
-            self._label(operation, path, axes, out)
-        for edits, new in ((self._edits.setdefault(id(operation), {}), labels.config),
-                           (self._call_edits.setdefault(id(node), {}), labels.arguments)):
+            self._label(call, path, axes, out)
+        for edits, new in ((self._config_edits.setdefault(id(operation), {}), labels.config),
+                           (self._argument_edits.setdefault(id(node), {}), labels.arguments)):
             for key, value in new.items():
                 if isinstance(value, np.ndarray) and isinstance(edits.get(key), np.ndarray):
                     self._ledger.tie(edits[key], value)
@@ -227,19 +228,19 @@ class Channels:
         self._count(labels, call, out)
         return out
 
-    def _fenced(self, call: Call, idle: bool) -> Labels:
+    def _fenced(self, call: Call, reason: str) -> Labels:
         operation = call.operation
-        reason = "a subclassed model has no graph to look into" if isinstance(operation, keras.Model) else (
-            "no rule for this type; add one with @keras_prune.rule")
         for x in call.inputs:
             call.fence(x, reason)
-        if find_rule(operation) is None and _has_weights(operation):
-            self._raw_fences.append((Fence(operation.name, type(operation).__name__, reason), np.zeros(1, int)))
-            self.uncounted.append(operation.name)
-        out = call.frozen()
-        return Labels(out)
+        if _has_weights(operation):  # its own units cannot leave either: always worth a word
+            fence = Fence(operation.name, type(operation).__name__, reason)
+            self._ledger.fences.append((fence, np.zeros(0, int)))
+            if operation.name not in self.uncounted:
+                self.uncounted.append(operation.name)
+        return Labels(call.frozen())
 
-    def _label(self, layer, path: str, axes: tuple, out: list[Ids]) -> None:
+    def _label(self, call: Call, path: str, axes: tuple, out: list[Ids]) -> None:
+        layer = call.operation
         try:
             variable = attrgetter(path)(layer)
         except AttributeError:
@@ -253,8 +254,12 @@ class Channels:
                 f"The rule for {type(layer).__name__} labels {layer.name}.{path} with ids of lengths {sizes}, but the "
                 f"weight has shape {shape}. Mend the rule: one entry per axis, None or as many ids as the axis is long."
             )
-        made = np.unique(np.concatenate([o.ravel() for o in out]))
-        reads = tuple(a is not None and not np.isin(a[a > 0], made).any() for a in axes)
+        made, given = (np.unique(np.concatenate([np.zeros(0, int), *(i.ravel() for i in ids)]))
+                       for ids in (out, call.inputs))
+        makes = [a is not None and bool(np.isin(a[a > 0], made).any()) for a in axes]
+        # Units between two weights of one layer (attention heads) are read by the weight that makes the output.
+        reads = tuple(a is not None and not m and (any(makes) or bool(np.isin(a[a > 0], given).any()))
+                      for a, m in zip(axes, makes))
         key = id(variable)
         if key in self._raw_weights:  # the second call of a shared layer
             for known, new in zip(self._raw_weights[key][3], axes):
@@ -275,6 +280,8 @@ class Channels:
                 continue
             variable = attrgetter(path)(call.operation)
             positions = labels.positions
+            if isinstance(positions, dict):
+                positions = positions.get(path)
             if positions is None:
                 positions = math.prod(self._lengths(call.made[0])) // max(1, out[0].size)
             self._raw_terms.append((axes, tuple(variable.shape), positions))
@@ -293,6 +300,14 @@ class Channels:
                 self._tensor_of[id(ids)][3] = self._time
 
     # -- after the walk ------------------------------------------------------------------------------------------
+
+    def _settle_fences(self) -> None:
+        """Report only fences that cost something: not a softmax over the model's own outputs, frozen anyway."""
+        free = self._ledger.roots()
+        self.fences: list[Fence] = list(dict.fromkeys(
+            fence for fence, ids in self._ledger.fences if not ids.size or free[ids].any()))
+        for _, ids in self._ledger.fences:
+            self._ledger.tie(ids, FROZEN)
 
     def _resolve(self) -> None:
         root = self._ledger.roots()
@@ -325,6 +340,8 @@ class Channels:
                 counts = np.bincount(ids, minlength=self.unit_count)
                 signature += counts.astype(np.uint64) * rng.integers(1, 2**62, dtype=np.uint64)
                 appearances.append((weight, axis, counts))
+        for ids in self._ledger.pieces:
+            signature[np.unique(self._root[ids])] += rng.integers(1, 2**62, dtype=np.uint64)
         signature[0] = 0
         order, first, inverse = np.unique(signature, return_index=True, return_inverse=True)
         units_of = [[] for _ in order]
@@ -343,6 +360,22 @@ class Channels:
         self.groups = [Group(k, units, tuple(m)) for k, ((_, units), m) in enumerate(zip(drafts, members))]
 
     # -- lookups -------------------------------------------------------------------------------------------------
+
+    def resolve(self, ids: Ids) -> Ids:
+        """The units that the ids of a rule stand for."""
+        return self._root[ids]
+
+    def ids_of(self, tensor) -> Ids:
+        """Units of a tensor of the graph: an array of its rank whose dimensions are full or 1."""
+        return self._root[self._raw_ids[id(tensor)]]
+
+    def config_edits(self, operation) -> dict:
+        """What its rule has to say about an operation's config: `Labels.config`."""
+        return self._config_edits.get(id(operation), {})
+
+    def argument_edits(self, node) -> dict:
+        """What its rule has to say about the arguments of one call: `Labels.arguments`."""
+        return self._argument_edits.get(id(node), {})
 
     def alive(self, removed: Ids) -> np.ndarray:
         """Shape (unit_count,), True = stays."""
@@ -426,3 +459,38 @@ def nodes_of(graph):
         for node in graph._nodes_by_depth[depth]:
             if node.operation is not None and not node.is_input:
                 yield node
+
+
+def inputs_of(model):
+    """The symbolic inputs in the structure in which the model takes them."""
+    return graph_of(model)._inputs_struct
+
+
+def outputs_of(model):
+    """The symbolic outputs in the structure in which the model returns them."""
+    return graph_of(model)._outputs_struct
+
+
+def input_layer_of(tensor):
+    """The InputLayer that made a symbolic input."""
+    return tensor._keras_history.operation
+
+
+def sublayers_of(layer) -> list:
+    """The layers directly inside a layer."""
+    return layer._layers
+
+
+def layers_of(model) -> list:
+    """All layers at any depth, the model itself first."""
+    return list(model._flatten_layers())
+
+
+def compile_arguments_of(model) -> dict:
+    """The arguments of the model's compile(), as the objects that were given."""
+    return dict(model._compile_config.config)
+
+
+def variables_of(optimizer) -> list:
+    """The variables a built optimizer has slots for."""
+    return optimizer._trainable_variables

@@ -3,6 +3,7 @@
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -78,8 +79,8 @@ def _add_check(commands) -> None:
         "check",
         help="does a .tflite file load, what is in it, does it compute what Keras computes",
         description=(
-            "Loads and runs a .tflite file, lists its operators, inputs and outputs, and compares it with a "
-            "Keras model."
+            "Loads and runs a .tflite file, lists its operators, inputs and outputs, and compares it with a Keras "
+            "model."
         ),
         epilog="Example:\n  tflite-export check small.tflite --model model.keras --data test.npz",
         formatter_class=_FORMATTER,
@@ -196,13 +197,13 @@ def _load_model(path: str, unsafe: bool):
             return keras.saving.load_model(path, compile=False, safe_mode=not unsafe)
         except Exception as error:  # zipfile, h5py, JSON and Keras raise many kinds for a damaged file
             reason = " ".join(str(error).split())
-            if "Lambda" in reason and "unsafe" in reason or "lambda" in reason and not unsafe:
+            if "safe_mode" in reason or "enable_unsafe" in reason:
                 mend = "it holds code (a Lambda layer), which is not run unless you trust the file and pass --unsafe."
             elif "Could not locate" in reason or "Unknown layer" in reason:
+                found = re.search(r"(?:Could not locate|Unknown layer:?) ([^.]*)", reason)
                 mend = (
-                    "it holds layers or functions of your own, which this command does not know. Load it in Python, "
-                    "where they are "
-                    f"imported, and call tflite_export.export. Keras says: {reason[:160]}"
+                    f"it holds layers or functions of your own, which this command does not know: {found[1][:80]}. "
+                    "Load it in Python, where they are imported, and call tflite_export.export."
                 )
             else:
                 mend = f"it is damaged, cut off or not a Keras model. {type(error).__name__}: {reason[:200]}"

@@ -59,8 +59,8 @@ def check_batch_size(model, batch_size: int) -> None:
     fixed = {tensor.shape[0] for tensor in model.inputs} - {None}
     if fixed and fixed != {batch_size}:
         raise ValueError(
-            f"batch_size={batch_size} was passed, but the model was built for batches of {min(fixed)}; "
-            f"pass batch_size={min(fixed)} or build it with keras.Input(shape=...)."
+            f"batch_size={batch_size} was passed, but the model was built for batches of {min(fixed)}; pass "
+            f"batch_size={min(fixed)} or build it with keras.Input(shape=...)."
         )
 
 
@@ -69,9 +69,8 @@ def calibration(recipe: Recipe, data: Data | None, inputs: list[Input], samples:
     indices = [each for each in inputs if each.below is not None and "float" in each.dtype]
     if recipe.needs_data and indices:
         raise ValueError(
-            f"The input {indices[0]} feeds an Embedding; recipe={recipe.name!r} would round its indices like any "
-            "real numbers. "
-            f"Build the model with keras.Input(..., dtype='int32'), or use recipe='dynamic_int8'."
+            f"The input {indices[0]} feeds an Embedding; recipe={recipe.name!r} would round its indices like any real "
+            "numbers. Build the model with keras.Input(..., dtype='int32'), or use recipe='dynamic_int8'."
         )
     if data is not None:
         return collect(data, inputs, samples)
@@ -100,15 +99,19 @@ def in_float32(model):
 
     try:
         copy = keras.models.clone_model(model, clone_function=copied, recursive=True)
-        copy.set_weights([np.asarray(weight).astype("float32") if "float" in weight.dtype else np.asarray(weight)
-                          for weight in model.weights])  # fmt: skip
+        copy.set_weights([_not_16_bit(weight) for weight in model.weights])
     except Exception as error:
         raise ValueError(
-            f"The layer {low[0].name!r} computes in {low[0].compute_dtype}, which .tflite files do not, and the "
-            "model could not be "
-            f"rebuilt in float32 ({first_line(error)}). Build it with the dtype policy 'float32' and load its weights."
+            f"The layer {low[0].name!r} computes in {low[0].compute_dtype}, which .tflite files do not, and the model "
+            f"could not be rebuilt in float32 ({first_line(error)}). Build it with the dtype policy 'float32' and "
+            "load its weights."
         ) from error
     return copy
+
+
+def _not_16_bit(weight) -> np.ndarray:
+    values = weight.value.numpy()
+    return values.astype("float32") if values.dtype.name in ("float16", "bfloat16") else values
 
 
 def _float32_config(value):
@@ -144,8 +147,7 @@ def _refuse_loops(model, function, recipe: Recipe) -> None:
         recurrent = [layer.name for layer in model._flatten_layers() if isinstance(layer, keras.layers.RNN)]
         raise ValueError(
             f"recipe={recipe.name!r} cannot calibrate a loop, here in {', '.join(recurrent) or loops[0]!r}: build "
-            "recurrent layers "
-            "with unroll=True (the weights fit), or use recipe='dynamic_int8'."
+            "recurrent layers with unroll=True (the weights fit), or use recipe='dynamic_int8'."
         )
 
 
@@ -183,9 +185,8 @@ def _explained(error: Exception, recipe: Recipe) -> Exception:
     flex = re.search(r"(?:TF Select|Flex) ops: *([^\n]+)", text)
     if flex:
         return ValueError(
-            f"The file format has no operator for TensorFlow's {flex[1].strip()}. Build the model without it, or "
-            "pass allow_flex=True: "
-            "such a file runs only where TensorFlow's own kernels (Flex) are linked in."
+            f"The file format has no operator for TensorFlow's {flex[1].strip()}. Build the model without it, or pass "
+            "allow_flex=True: such a file runs only where TensorFlow's own kernels (Flex) are linked in."
         )
     custom = re.search(r"Custom ops: *([^\n]+)", text)
     if custom:
@@ -200,8 +201,7 @@ def _explained(error: Exception, recipe: Recipe) -> Exception:
         )
     if "min/max" in text or "Max and min" in text:
         return ValueError(
-            f"recipe={recipe.name!r} cannot be calibrated for this model ({first_line(error)}). The converter does "
-            "so for models "
-            "with integer inputs in int16x8: use recipe='int8' or 'dynamic_int8'."
+            f"recipe={recipe.name!r} cannot be calibrated for this model ({first_line(error)}). The converter does so "
+            "for models with integer inputs in int16x8: use recipe='int8' or 'dynamic_int8'."
         )
     return RuntimeError(f"TensorFlow's converter failed on recipe={recipe.name!r}: {first_line(error)}")

@@ -15,7 +15,7 @@ from tflite_export.latency import Latency, measure_latency
 from tflite_export.parity import DifferentModel, Parity, compare
 from tflite_export.recipes import RECIPES, Recipe, get
 from tflite_export.records import Record, aligned, size_text
-from tflite_export.runner import Port, Runner, check_threads, read
+from tflite_export.runner import Port, Runner, check_threads, first_line, read
 
 PARITY_SAMPLES = 64
 
@@ -130,9 +130,8 @@ def export(
 ) -> Report:
     """Writes a Keras model as a .tflite file and measures it.
 
-    The model is not changed. The file is written next to its destination under another name and then renamed, and
-    only after it
-    was run: if anything fails, a file that stood there before still does.
+    The model is not changed. The file takes its name only when it is whole and has been run: if anything fails, a file
+    that stood there before still does.
 
     Args:
         model: a built Functional or Sequential Keras 3 model, on the TensorFlow backend.
@@ -170,29 +169,19 @@ def export(
         raise ValueError(f"runs={runs!r} was passed; expected a whole number; 0 leaves the latency out.")
     with _replacing(path) as file:
         plain = in_float32(model)
-        inputs = model_inputs(plain, input_shape)
-        arrays = calibration(recipe, data, inputs, samples)
-        content = to_tflite(plain, recipe, arrays, input_shape=input_shape, batch_size=batch_size,
-                            float_io=float_io, allow_flex=allow_flex, samples=samples)  # fmt: skip
+        arrays = calibration(recipe, data, model_inputs(plain, input_shape), samples)
+        options = dict(input_shape=input_shape, batch_size=batch_size, float_io=float_io, allow_flex=allow_flex)
+        content = to_tflite(plain, recipe, arrays, **options, samples=samples)
         runner = Runner(content, threads)
         parity = latency = None
         if not _flex(runner):
             parity = compare(plain, runner, arrays, input_shape=input_shape, samples=PARITY_SAMPLES)
             latency = measure_latency(runner, runs=runs) if runs else None
         file.write(content)
-    return Report(
-        path=os.fspath(path),
-        bytes=len(content),
-        recipe=recipe.name,
-        tolerance=recipe.tolerance,
-        operators=runner.operators,
-        inputs=runner.inputs,
-        outputs=runner.outputs,
-        parity=parity,
-        latency=latency,
-        notes=_notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0),
-        versions=_versions(),
-    )
+    notes = _notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0)
+    measured = {"parity": parity, "latency": latency, "notes": notes, "versions": _versions()}
+    named = {"path": os.fspath(path), "recipe": recipe.name, "tolerance": recipe.tolerance}
+    return Report(**named, **_contents(runner), **measured)
 
 
 def check(
@@ -205,7 +194,7 @@ def check(
     samples: int = PARITY_SAMPLES,
     threads: int = 1,
 ) -> Check:
-    """Looks into a .tflite file, whoever made it: does it load and run, what is in it, does it compute what Keras computes.
+    """Looks into a .tflite file, whoever made it: does it run, what is in it, does it compute what Keras computes.
 
     A file that is damaged or does not fit is no exception but a result, with `ok` False and the reason in `problems`.
 
@@ -229,9 +218,7 @@ def check(
     """
     check_threads(threads)
     if tolerance is not None and not tolerance >= 0:
-        raise ValueError(
-            f"tolerance={tolerance!r} was passed; expected a number from 0: largest error / largest output."
-        )
+        raise ValueError(f"tolerance={tolerance!r} was passed; expected a number from 0: largest error / peak.")
     if model is not None:
         check_model(model)
     content = read(os.fspath(path))
@@ -240,40 +227,52 @@ def check(
     except ValueError as error:
         return Check(os.fspath(path), len(content), (str(error),))
     flex = _flex(runner)
-    custom = tuple(name for name in runner.operators if name.startswith("CUSTOM:") and name not in flex)
-    problems: list[str] = []
     recipe, parity = _recipe_named(runner.description), None
-    if flex and not allow_flex:
-        problems.append(f"runs only where TensorFlow's kernels are linked in: {', '.join(flex)}")
-    if flex and model is not None:
-        problems.append("was not compared with the model: the runtime used here has no Flex")
+    problems = _troubles(runner, flex, allow_flex, model is not None)
+    if model is not None:
+        integers = any("QUANTIZE" in name for name in runner.operators) or _quantised(runner) != "none"
+        tolerance = get(recipe or ("int8" if integers else "float32")).tolerance if tolerance is None else tolerance
+        try:
+            parity = None if problems else compare(model, runner, data, samples=samples)
+        except DifferentModel as error:
+            problems.append(str(error))
+        if parity and not parity.relative_error <= tolerance:
+            problems.append(f"relative error {parity.relative_error:.3g} against Keras exceeds {tolerance:g}")
+    return Check(
+        path=os.fspath(path),
+        problems=tuple(problems),
+        recipe=recipe,
+        **_contents(runner),
+        flex=flex,
+        custom=tuple(name for name in runner.operators if name.startswith("CUSTOM:") and name not in flex),
+        quantised=_quantised(runner),
+        runtime=runner.runtime,
+        parity=parity,
+        tolerance=None if model is None else tolerance,
+    )
+
+
+def _troubles(runner: Runner, flex: tuple[str, ...], allow_flex: bool, with_model: bool) -> list[str]:
+    """What keeps the file from running here, one sentence each."""
     if not flex:
         try:
             runner.set(runner.random_inputs())
             runner.interpreter.invoke()
         except (ValueError, RuntimeError) as error:
-            problems.append(str(error))
-    if model is not None and not flex and not problems:
-        quantised = any("QUANTIZE" in name for name in runner.operators) or any(
-            port.scale for port in runner.inputs + runner.outputs
-        )
-        tolerance = get(recipe or ("int8" if quantised else "float32")).tolerance if tolerance is None else tolerance
-        try:
-            parity = compare(model, runner, data, samples=samples)
-        except DifferentModel as error:
-            problems.append(str(error))
-        if parity and not parity.relative_error <= tolerance:
-            problems.append(
-                f"relative error {parity.relative_error:.3g} against Keras is above the tolerance {tolerance:g}"
-            )
-    sides = [
-        name
-        for name, ports in (("inputs", runner.inputs), ("outputs", runner.outputs))
-        if any(port.scale for port in ports)
-    ]
-    return Check(os.fspath(path), len(content), tuple(problems), recipe, runner.operators, flex, custom,
-    runner.inputs, runner.outputs,
-                 " and ".join(sides) or "none", runner.runtime, parity, tolerance if model is not None else None)  # fmt: skip
+            return [first_line(error)]
+        return []
+    problems = [] if allow_flex else [f"runs only where TensorFlow's kernels are linked in: {', '.join(flex)}"]
+    return problems + ["was not compared with the model: the runtime used here has no Flex"] * with_model
+
+
+def _contents(runner: Runner) -> dict:
+    fields = {"operators": runner.operators, "inputs": runner.inputs, "outputs": runner.outputs}
+    return {"bytes": len(runner.content), **fields}
+
+
+def _quantised(runner: Runner) -> str:
+    sides = {"inputs": runner.inputs, "outputs": runner.outputs}
+    return " and ".join(name for name, ports in sides.items() if any(port.scale for port in ports)) or "none"
 
 
 @contextlib.contextmanager

@@ -76,8 +76,8 @@ def sign(content: bytes, inputs: list[str], outputs: list[str], text: str) -> by
     """The same file with a signature "serving_default" and the description `text`.
 
     A flatbuffer's offsets are relative and point forward only. So a new root table is put in front of the old file
-    and points into it: no weight moves, and since the new part is a multiple of 64 bytes long, every alignment stays.
-    (Reading the file into objects and packing it again would lose the 16-byte alignment of the weights.)
+    and points into it: no weight moves against another, and since the new part is a multiple of 64 bytes long, every
+    alignment stays as the converter chose it. It costs one copy of the bytes, whatever the model's size.
 
     Args:
         content: a .tflite file, verified.

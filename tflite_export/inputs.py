@@ -35,14 +35,14 @@ def check_model(model) -> None:
 
     if isinstance(model, str) or not isinstance(model, keras.Model):
         raise TypeError(
-            f"{type(model).__name__} was passed as model; expected a keras.Model (Keras 3). "
-            "A saved file is loaded with keras.saving.load_model(path)."
+            f"{type(model).__name__} was passed as model; expected a keras.Model (Keras 3). A saved file is loaded "
+            "with keras.saving.load_model(path)."
         )
     if keras.backend.backend() != "tensorflow":
         raise ValueError(
             f"Keras runs on the {keras.backend.backend()} backend here; the converter needs TensorFlow's. Save the "
-            "model with "
-            "model.save('model.keras') and export that file in a process started with KERAS_BACKEND=tensorflow."
+            "model with model.save('model.keras') and export that file in a process started with "
+            "KERAS_BACKEND=tensorflow."
         )
     if getattr(model, "inputs", None) is None:
         if isinstance(model, keras.Sequential):
@@ -53,17 +53,16 @@ def check_model(model) -> None:
     for layer in model._flatten_layers(include_self=False):
         if getattr(layer, "stateful", False):
             raise ValueError(
-                f"The layer {layer.name!r} is stateful=True: a .tflite file keeps no state between calls. "
-                "Build the model with stateful=False, and pass the state as an input if it must live on."
+                f"The layer {layer.name!r} is stateful=True: a .tflite file keeps no state between calls. Build the "
+                "model with stateful=False, and pass the state as an input if it must live on."
             )
     for weight in model.weights:
-        values = np.asarray(weight)
+        values = weight.value.numpy()
         if values.dtype.kind not in "iub" and not np.isfinite(values.astype("float32")).all():
             layer = weight.path.rsplit("/", 1)[0]
             raise ValueError(
                 f"The layer {layer!r} has NaN or infinite numbers in its weight {weight.name!r}: the file would "
-                "compute NaN. "
-                "Train again with a lower learning rate, or load an earlier checkpoint."
+                "compute NaN. Train again with a lower learning rate, or load an earlier checkpoint."
             )
 
 
@@ -89,15 +88,15 @@ def model_inputs(model, input_shape=None) -> list[Input]:
             )
         shape = tuple(tensor.shape[1:])
         wanted = given.get(name, shape)
-        if len(wanted) != len(shape) or any(size not in (None, new) for size, new in zip(shape, wanted)):
+        if len(wanted) != len(shape) or any(size not in (None, new) for size, new in zip(shape, wanted, strict=True)):
             raise ValueError(
                 f"input_shape={wanted} was passed for the input {name!r}, whose shape is {shape} (without the batch)."
             )
         if None in wanted:
             raise ValueError(
                 f"The input {name!r} has the shape {shape} (without the batch), in which None leaves a size open; a "
-                ".tflite file "
-                f"runs best at one fixed size. Pass it, for example input_shape={tuple(size or 224 for size in shape)}."
+                ".tflite file runs best at one fixed size. Pass it, for example "
+                f"input_shape={tuple(size or 224 for size in shape)}."
             )
         found.append(Input(name, wanted, dtype, _below(model, tensor)))
     return found
@@ -186,7 +185,7 @@ def _shapes_by_name(input_shape, names: list[str]) -> dict[str, tuple]:
         raise ValueError(
             f"input_shape={input_shape} holds {len(shapes)} shapes; the model has the {len(names)} inputs {names}."
         )
-    return {name: tuple(shape) for name, shape in zip(names, shapes)}
+    return {name: tuple(shape) for name, shape in zip(names, shapes, strict=True)}
 
 
 def _below(model, tensor) -> int | None:

@@ -145,10 +145,10 @@ def benchmark(
     times: list[list[float]] = [[], []]
     end = time.perf_counter() + max_seconds
     while len(times[0]) < runs and (len(times[0]) < 3 or time.perf_counter() < end):
-        for series, runner, repeat in zip(times, runners, repeats):
+        for series, runner, repeat in zip(times, runners, repeats, strict=True):
             series.append(_block(runner, repeat))
     low, median, high = np.percentile(np.array(times[1]) / np.array(times[0]), [10, 50, 90])
-    first, second = (_latency(runner, series) for runner, series in zip(runners, times))
+    first, second = (_latency(runner, series) for runner, series in zip(runners, times, strict=True))
     return Benchmark(
         float(median), float(low), float(high), first, second, runners[0].source, runners[1].source, len(times[0])
     )

@@ -115,7 +115,7 @@ def compare(
     shapes = [tuple(tensor.shape) for tensor in model.inputs]
     order_in, by_in = _matched("inputs", names, shapes, runner.inputs, runner.source)
     if input_shape is None:
-        input_shape = {name: runner.inputs[at].shape[1:] for name, at in zip(names, order_in)}
+        input_shape = {name: runner.inputs[at].shape[1:] for name, at in zip(names, order_in, strict=True)}
     inputs = model_inputs(model, input_shape)
     arrays = generate(inputs, samples) if data is None else collect(data, inputs, samples)
     expected = reference(model, arrays)
@@ -125,7 +125,7 @@ def compare(
     got = runner.run(placed)
     outputs = tuple(
         difference(name, values, got[at], runner.outputs[at])
-        for name, values, at in zip(output_names(model), expected, order_out)
+        for name, values, at in zip(output_names(model), expected, order_out, strict=True)
     )
     matched_by = max(by_in, by_out, key=["name", "shape", "order"].index)
     return Parity(outputs, len(arrays[0]), "generated" if data is None else "given", matched_by)
@@ -148,11 +148,11 @@ def reference(model, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
             if tuple(output.shape)[:1] != (len(rows),):
                 raise ValueError(
                     f"The output {name!r} has the shape {tuple(output.shape)} for {len(rows)} samples; expected one "
-                    "entry per sample. "
-                    "Keep the batch axis in front: reduce with keepdims=True, or over the other axes only."
+                    "entry per sample. Keep the batch axis in front: reduce with keepdims=True, or over the other "
+                    "axes only."
                 )
-        batches.append([keras.ops.convert_to_numpy(output)[: samples - start] for output in outputs])
-    return [np.concatenate(parts) for parts in zip(*batches)]
+        batches.append([output.numpy()[: samples - start] for output in outputs])
+    return [np.concatenate(parts) for parts in zip(*batches, strict=True)]
 
 
 def difference(name: str, expected: np.ndarray, got: np.ndarray, port: Port) -> OutputParity:
@@ -205,4 +205,6 @@ def _matched(
 
 
 def _fits(shape: tuple, other: tuple) -> bool:
-    return len(shape) == len(other) and all(a in (None, b) or b == -1 for a, b in zip(shape[1:], other[1:]))
+    return len(shape) == len(other) and all(
+        a in (None, b) or b == -1 for a, b in zip(shape[1:], other[1:], strict=True)
+    )

@@ -76,8 +76,8 @@ class Runner:
     def __init__(self, model: str | os.PathLike | bytes, threads: int = 1):
         check_threads(threads)
         self.threads = threads
-        self.source = "the bytes passed" if isinstance(model, bytes) else os.fspath(model)
         self.content = read(model)
+        self.source = "the bytes passed" if isinstance(model, bytes) else os.fspath(model)
         self.interpreter, self.runtime = _interpreter(self.content, self.source, threads)
         self.operators = flatbuffer.operators(self.content)
         self.description = flatbuffer.description(self.content)
@@ -172,7 +172,7 @@ class Runner:
         for port, array in zip(self.inputs, arrays, strict=True):
             wanted = port.shape[1:]
             fits = len(wanted) == array.ndim - 1 and all(
-                size in (-1, got) for size, got in zip(wanted, array.shape[1:])
+                size in (-1, got) for size, got in zip(wanted, array.shape[1:], strict=True)
             )
             if not fits:
                 raise ValueError(
@@ -231,8 +231,7 @@ def _interpreter(content: bytes, source: str, threads: int):
             raise
         raise ValueError(
             f"{source} is damaged or cut off: it starts like a .tflite file, but the flatbuffer inside its "
-            f"{len(content)} bytes "
-            "is not whole. Copy or export it again."
+            f"{len(content)} bytes is not whole. Copy or export it again."
         ) from error
     return interpreter, runtime
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import keras
 import numpy as np
 
 from keras_prune.rules.language import Labels, rule
 
-_KNOWN: dict[int, tuple] = {}
+_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
 
 def elementwise(function) -> tuple[bool, bool]:
@@ -16,9 +18,8 @@ def elementwise(function) -> tuple[bool, bool]:
     Changing one channel must change no other, exchanging two channels must exchange the results, and f(0) must
     be finite. So a softmax is found out, and so is a user's own function that mixes channels.
     """
-    known = _KNOWN.get(id(function))
-    if known is not None and known[0] is function:
-        return known[1]
+    if function in _KNOWN:
+        return _KNOWN[function]
 
     def run(x):
         return keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(x)))
@@ -39,7 +40,7 @@ def elementwise(function) -> tuple[bool, bool]:
         answer = (alone, alone and not zero.any())
     except Exception:  # a function that cannot take six channels is no elementwise function
         answer = (False, False)
-    _KNOWN[id(function)] = (function, answer)  # the function is kept, so that its id stays its own
+    _KNOWN[function] = answer
     return answer
 
 
@@ -63,8 +64,8 @@ def activation(layer, call, x):
 
 @rule("ReLU", "LeakyReLU", "ELU")
 def activation_layer(layer, call, x):
-    if np.any(x):
-        activate(call, x, layer.call)
+    if np.any(keras.ops.convert_to_numpy(layer.call(keras.ops.zeros((1, 1))))):
+        call.loud(x)
     return Labels(x)
 
 
@@ -83,6 +84,8 @@ def mixes_along_axis(layer, call, x, *mask):
     axes = range(x.ndim) if axis is None else np.atleast_1d(axis)
     if any(x.shape[a] > 1 for a in axes):
         call.fence(x, "mixes its channels")
+    for ids in mask:
+        call.fence(ids, "is a mask")
     call.loud(x)
     return Labels(x)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import keras
 import numpy as np
 
 from keras_prune.rules.activations import activate
@@ -11,7 +12,8 @@ from keras_prune.rules.language import Labels, rule
 
 
 def channel_axis(layer) -> int:
-    return 1 if getattr(layer, "data_format", "channels_last") == "channels_first" else -1
+    data_format = getattr(layer, "data_format", None) or keras.config.image_data_format()
+    return 1 if data_format == "channels_first" else -1
 
 
 @rule("Conv1D", "Conv2D", "Conv3D")
@@ -23,7 +25,7 @@ def conv(layer, call, x):
     config = {}
     if groups == 1:
         read, out = c, call.fresh(layer.filters)
-    elif groups >= per_group:
+    elif groups >= per_group and c.any():
         # Many small groups (depthwise and its kin): a unit is a whole group, its inputs and its outputs.
         by_group = c.reshape(groups, per_group)
         call.tie(by_group, by_group[:, :1])
@@ -44,9 +46,15 @@ def conv(layer, call, x):
 def depthwise(layer, call, x):
     axis = channel_axis(layer)
     c = call.along(x, axis)
-    out = np.repeat(c, layer.depth_multiplier)
+    times, config = None, {}
+    if c.any():
+        out = np.repeat(c, layer.depth_multiplier)
+    else:  # the input's channels cannot leave, but the j-th output of every one of them can
+        times = call.fresh(layer.depth_multiplier)
+        out, config = np.tile(times, len(c)), {"depth_multiplier": times}
     activate(call, out, layer.activation)
-    return Labels(call.spread(out, axis), {"kernel": (*(None,) * layer.rank, c, None), "bias": (out,)})
+    weights = {"kernel": (*(None,) * layer.rank, c, times), "bias": (out,)}
+    return Labels(call.spread(out, axis), weights, config)
 
 
 @rule("SeparableConv1D", "SeparableConv2D")

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 
-import numpy as np
-
 from keras_prune.rules.activations import activate
-from keras_prune.rules.language import Labels, rule
+from keras_prune.rules.language import Labels, rule, varying
 
 
 @rule("Dense")
@@ -25,39 +23,47 @@ def embedding(layer, call, x):
 
 @rule("EinsumDense")
 def einsum_dense(layer, call, x):
-    """One letter read and one letter written carry the units; the kernel's other letters stay whole."""
-    terms = layer.equation.replace(" ", "").replace("...", "0").replace("->", ",").split(",")
-    source, kernel, target = terms
-    if "0" in layer.equation.replace("...", "0"):
-        source, target = (_named_ellipsis(t, n) for t, n in ((source, x.ndim), (target, len(call.outputs[0]))))
-    new = [c for c in kernel if c in target and c not in source]
-    read = [c for c in kernel if c in source and c not in target]
-    both = [c for c in kernel if c in source and c in target]
-    if len(new) != 1 or len(read) != 1 or both:
-        call.fence(x, f"equation {layer.equation!r} has other than one letter read and one written")
-        return Labels(call.frozen())
-    out = call.fresh(layer.kernel.shape[kernel.index(new[0])])
+    """Units come in on one letter. They pass where that letter is kept; else the first new letter makes new ones."""
+    source, kernel, target = _terms(layer.equation, x.ndim, len(call.outputs[0]))
+    size = dict(zip(source[1:], call.lengths(x)))
+    positions = math.prod(n for c, n in size.items() if c not in kernel)
+    size.update(zip(kernel, layer.kernel.shape))
+    letter = next((source[a] for a in varying(x)), None)
+    if letter is None:
+        call.freeze(x)
+    elif letter not in kernel + target:
+        call.fence(x, f"equation {layer.equation!r} sums over its units")
+        letter = None
+    ids = {letter: x.ravel()} if letter else {}
+    if letter is None or letter not in target:
+        letter = next((c for c in target if c not in source and size[c] > 1), None)
+        if letter is None:
+            return Labels(call.frozen(), {"kernel": tuple(ids.get(c) for c in kernel)}, positions=positions)
+        ids[letter] = call.fresh(size[letter])
+    out = ids[letter]
     activate(call, out, layer.activation)
-    x_ids = call.along(x, source.index(read[0]))
-    axes = tuple(out if c == new[0] else x_ids if c == read[0] else None for c in kernel)
-    weights = {"kernel": axes}
+    axis = target.index(letter)
+    weights = {"kernel": tuple(ids.get(c) for c in kernel)}
     if layer.bias is not None:
         tail = target[-len(layer.bias.shape):]
-        weights["bias"] = tuple(out if c == new[0] and n > 1 else None for c, n in zip(tail, layer.bias.shape))
-    axis = target.index(new[0])
-    shape = list(layer.get_config()["output_shape"] if not isinstance(layer.get_config()["output_shape"], int)
-                 else [layer.get_config()["output_shape"]])
-    place = axis - (len(call.outputs[0]) - len(shape))
+        weights["bias"] = tuple(out if c == letter and n > 1 else None for c, n in zip(tail, layer.bias.shape))
+    shape = [layer.partial_output_shape] if isinstance(layer.partial_output_shape, int) else layer.partial_output_shape
+    place = axis - (len(target) - len(shape)) if layer.equation.strip().startswith("...") else axis - 1
 
     def output_shape(survivors):
-        return [survivors(out) if i == place else n for i, n in enumerate(shape)]
+        return [survivors(out) if i == place and n is not None else n for i, n in enumerate(shape)]
 
-    return Labels(call.spread(out, axis), weights, {"output_shape": output_shape})
+    return Labels(call.spread(out, axis), weights, {"output_shape": output_shape}, positions=positions)
+
+
+def _terms(equation: str, rank: int, out_rank: int) -> tuple[str, str, str]:
+    """('0xy', 'yz', '0xz') with letters that stand in no kernel for the ellipsis."""
+    source, kernel, target = equation.replace(" ", "").replace("...", "0").replace("->", ",").split(",")
+    return _named_ellipsis(source, rank), kernel, _named_ellipsis(target, out_rank)
 
 
 def _named_ellipsis(term: str, rank: int) -> str:
-    """'0xyz' for rank 5 becomes 'ABxyz': letters that stand in no kernel."""
-    return term.replace("0", "ABCDEFGH"[: rank - len(term) + 1]) if "0" in term else term
+    return term.replace("0", "αβγδεζηθ"[: rank - len(term) + 1])
 
 
 @rule("MultiHeadAttention")
@@ -69,21 +75,25 @@ def attention(layer, call, *_):
     for other in call.inputs:
         if not any(other is x for x in (query, key, value)):
             call.fence(other, "is a mask of the attention layer")
-    if len(layer._output_dense.kernel.shape) != 3:
-        call.fence(np.concatenate([i.ravel() for i in (query, key, value)]), "has more than one output dimension")
-        return Labels(call.frozen())
-    heads = call.fresh(layer._num_heads)
-    out = call.fresh(layer._output_dense.kernel.shape[-1])
-    weights = {
-        "_query_dense.kernel": (call.along(query, -1), heads, None), "_query_dense.bias": (heads, None),
-        "_key_dense.kernel": (call.along(key, -1), heads, None), "_key_dense.bias": (heads, None),
-        "_value_dense.kernel": (call.along(value, -1), heads, None), "_value_dense.bias": (heads, None),
-        "_output_dense.kernel": (heads, None, out), "_output_dense.bias": (out,),
-    }
-    t, s = (math.prod(call.lengths(ids)[:-1]) for ids in (query, value))
-    depth = layer._key_dim + (layer._value_dim or layer._key_dim)
-    ids = call.spread(out, -1)
-    return Labels(
-        ids if len(call.outputs) == 1 else [ids, *call.frozen()[1:]], weights,
-        {"num_heads": heads, "output_shape": out}, positions=t, products=(([heads], t * s * depth),),
-    )
+    heads = call.fresh(layer.num_heads)
+    weights, positions = {}, {}
+    for name, x in (("query", query), ("key", key), ("value", value), ("gate", query)):
+        weights[f"_{name}_dense.kernel"] = (call.along(x, -1), heads, None)
+        weights[f"_{name}_dense.bias"] = (heads, None)
+        positions[f"_{name}_dense.kernel"] = math.prod(call.lengths(x)[:-1])
+    config, out = {"num_heads": heads}, call.frozen()
+    out = out if isinstance(out, list) else [out]
+    shape = layer.output_dense.kernel.shape[2:]
+    if len(shape) == 1:
+        made = call.fresh(shape[0])
+        config["output_shape"] = made
+        out[0] = call.spread(made, -1)
+        weights["_output_dense.bias"] = (made,)
+    weights["_output_dense.kernel"] = (heads, None, *([made] if len(shape) == 1 else [None] * len(shape)))
+    positions["_output_dense.kernel"] = positions["_query_dense.kernel"]
+    if len(out) > 1:  # the scores: one picture per head, uniform where a head is zero
+        out[1] = call.spread(heads, -1 - 2 * len(layer.attention_axes), 1)
+        call.loud(heads)
+    attended = math.prod(call.lengths(value)[a - 1] for a in layer.attention_axes)
+    factor = positions["_query_dense.kernel"] * attended * (layer.key_dim + layer.value_dim)
+    return Labels(out if len(out) > 1 else out[0], weights, config, positions=positions, products=(([heads], factor),))

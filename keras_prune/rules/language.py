@@ -33,7 +33,8 @@ class Labels:
             value, or a function `survivors -> value` where `survivors(ids)` counts.
         arguments: position or keyword of a call argument -> ids (an array constant, cut along) or a function as
             above (a new value).
-        positions: how often each kernel entry is used per sample; default: the output positions per channel.
+        positions: how often each kernel entry is used per sample, for all kernels or by attribute path; default: the
+            output positions per channel.
         products: further multiply-accumulates as (list of 1-D ids, factor): factor x the product of the
             surviving counts. For products of two activations, which have no kernel.
     """
@@ -42,7 +43,7 @@ class Labels:
     weights: dict[str, tuple[Ids | None, ...]] = field(default_factory=dict)
     config: dict[str, Ids | Callable] = field(default_factory=dict)
     arguments: dict[int | str, Any] = field(default_factory=dict)
-    positions: int | None = None
+    positions: int | dict[str, int] | None = None
     products: tuple[tuple[list[Ids], int], ...] = ()
 
 
@@ -66,6 +67,8 @@ class Ledger:
         self._left: list[Ids] = []
         self._right: list[Ids] = []
         self._loud: list[Ids] = []
+        self.pieces: list[Ids] = []
+        self.fences: list[tuple[Fence, Ids]] = []
         self._known: dict[tuple, Ids] = {}
 
     def fresh(self, n: int, key: tuple) -> Ids:
@@ -121,7 +124,7 @@ class Call:
         outputs: shapes of the output tensors.
     """
 
-    def __init__(self, operation, args, kwargs, tensors, inputs, made, specs, ledger, fences):
+    def __init__(self, operation, args, kwargs, tensors, inputs, made, specs, ledger):
         self.operation = operation
         self.args, self.kwargs = args, kwargs
         self.inputs: list[Ids] = inputs
@@ -130,7 +133,6 @@ class Call:
         self.outputs: list[tuple] = [t.shape for t in made]
         self._tensors, self._specs = tensors, specs
         self._ledger = ledger
-        self._fences = fences
         self._calls = 0
 
     def fresh(self, n: int) -> Ids:
@@ -143,11 +145,31 @@ class Call:
         self._ledger.tie(a, b)
 
     def fence(self, ids: Ids, reason: str) -> None:
-        """Freeze ids, and say why if that cost anything."""
+        """Freeze ids. The reason is reported if they would otherwise be free."""
         if np.any(ids):
-            self._ledger.tie(ids, FROZEN)
-            name = getattr(self.operation, "name", "?")
-            self._fences.append((Fence(name, type(self.operation).__name__, reason), np.unique(ids)))
+            fence = Fence(getattr(self.operation, "name", "?"), type(self.operation).__name__, reason)
+            self._ledger.fences.append((fence, np.unique(ids)))
+
+    def freeze(self, ids: Ids) -> None:
+        """Freeze ids without a word: of a single channel nothing could be removed anyway."""
+        self._ledger.tie(ids, FROZEN)
+
+    def piece(self, ids: Ids) -> None:
+        """A slice of a tensor: it competes for itself, so that it never becomes empty."""
+        self._ledger.pieces.append(np.unique(ids))
+
+    def inner(self, operation, axis: int) -> Call:
+        """The call of a wrapped operation, which does not see one axis of the first input and of the outputs."""
+        def without(tensor, lengths):
+            shape = (*lengths[:axis], *lengths[axis + 1:])
+            return keras.KerasTensor(shape, dtype=tensor.dtype)
+
+        x, outer = self.inputs[0].squeeze(axis), self._tensors[0]
+        tensor = without(outer, outer.shape)
+        made = [without(t, t.shape) for t in self.made]
+        specs = {id(t): without(o, self._specs.get(id(o), o).shape)
+                 for t, o in zip([tensor, *made], [outer, *self.made])}
+        return Call(operation, (x,), {}, [tensor], [x], made, specs, self._ledger)
 
     def loud(self, ids: Ids) -> None:
         """These units no longer carry zeros when their producers are zero (a sigmoid, an added constant)."""

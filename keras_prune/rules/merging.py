@@ -30,7 +30,7 @@ def _tied(call, extend_in_the_middle: bool):
     partners = []
     for x, shape in zip(ids, shapes):
         if any(shape[a] == 1 for a in channel_axes):
-            call.fence(x, "is broadcast over the channels of the other input")
+            call.freeze(x)  # a single channel that meets all channels of the other input
         else:
             partners.append(x)
     out = np.broadcast_to(partners[0], result) if channel_axes else partners[0]
@@ -44,7 +44,7 @@ def merge(layer, call, *inputs):
     return Labels(_tied(call, extend_in_the_middle=True))
 
 
-@rule("ops.Add", "ops.Subtract", "ops.Multiply", "ops.Maximum", "ops.Minimum", "ops.Where", "ops.Average",
+@rule("ops.Add", "ops.Subtract", "ops.Multiply", "ops.Maximum", "ops.Minimum", "ops.Where",
       "ops.Equal", "ops.NotEqual", "ops.Greater", "ops.GreaterEqual", "ops.Less", "ops.LessEqual", "ops.LogicalAnd",
       "ops.LogicalOr", "ops.LogicalXor")
 def binary(operation, call, *inputs):
@@ -109,6 +109,10 @@ def _concatenate(call, axis):
     if None in lengths:
         for x in call.inputs:
             call.fence(x, "joins channels along an axis of unknown length")
+        return call.frozen()
+    if sum(lengths) != call.outputs[0][axis]:
+        for x in call.inputs:
+            call.fence(x, "is joined with a constant")
         return call.frozen()
     return call.spread(np.concatenate([call.along(x, axis) for x in call.inputs]), axis)
 

@@ -4,66 +4,66 @@ from __future__ import annotations
 
 import numpy as np
 
+from keras_prune.rules.conv import channel_axis
 from keras_prune.rules.language import Labels, broadcast, collapse, rule, varying
 
 
-def kept_shape(ids, shape, survivors) -> tuple:
-    """The shape of a tensor when only `survivors` are left: one axis at most changes."""
-    new = list(shape)
-    for axis in varying(ids):
-        new[axis] = survivors(ids.ravel())
-    return tuple(new)
-
-
 def _one_axis(call, ids):
-    """Make ids a matter of one axis: tie along the others, so that what is left stays a box."""
+    """Make ids a matter of the one axis that leaves most units: tie along the others, so that what is left stays a box."""
     ids = collapse(ids)
     axes = varying(ids)
     if len(axes) > 1:
-        main = max(axes, key=lambda a: ids.shape[a])
-        line = np.moveaxis(ids, main, -1).reshape(-1, ids.shape[main])
+        def lines(axis):
+            return np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis])
+
+        main = max(axes, key=lambda a: (np.unique(lines(a), axis=1).shape[1], a))
+        line = lines(main)
         call.tie(line, line[:1])
         ids = line[0].reshape([-1 if a == main else 1 for a in range(ids.ndim)])
     return ids
 
 
 def _reshaped(call, x):
-    """Ids after a reshape in memory order."""
+    """Ids after a reshape in memory order. Only the last axes, down to that of the channels, have to be looked at."""
     shape, new = call.shape_of(x), call.outputs[0]
-    if not np.any(x):
+    if not varying(x):
+        call.freeze(x)
         return call.frozen()
-    if varying(x) in ([], [x.ndim - 1]) and shape[-1] == new[-1] and shape[-1] not in (None, 1):
-        return call.spread(call.along(x, x.ndim - 1), -1)  # the channels stay last, whatever happens before them
-    if any(d is None for d in (*shape[1:], *new[1:])):
-        call.fence(x, "reshapes channels together with an axis of unknown length")
+    main = varying(x)[0]
+    i, j = len(shape) - 1, len(new) - 1
+    old_block, new_block = shape[i], new[j]
+    while i > 0 and j > 0 and None not in (old_block, new_block) and (old_block != new_block or i > main):
+        if old_block <= new_block:
+            i -= 1
+            old_block = None if shape[i] is None else old_block * shape[i]
+        else:
+            j -= 1
+            new_block = None if new[j] is None else new_block * new[j]
+    if i == 0 or j == 0 or old_block is None or old_block != new_block:
+        call.fence(x, "reshapes its channels together with the batch or an axis of unknown length")
         return call.frozen()
-    return _one_axis(call, broadcast(x, shape).reshape([1, *new[1:]]))
+    block = np.broadcast_to(x.reshape(x.shape[i:]), shape[i:])
+    return _one_axis(call, block.reshape([1] * j + list(new[j:])))
 
 
-def _target(call, out, key, with_batch):
-    """Config entry: the new target shape. Written out only where it says more than -1."""
-    new = call.outputs[0]
-
-    def shape(survivors):
-        kept = [-1 if d is None else d for d in kept_shape(out, new, survivors)]
-        return tuple(kept) if with_batch else tuple(kept[1:])
-
-    return {key: shape} if varying(out) else {}
+def _new_shape(out, old, key, first_axis=0) -> dict:
+    """Config entry: the new target shape, unless a -1 stands where it changes."""
+    axes = [axis - first_axis for axis in varying(out)]
+    if not axes or old[axes[0]] == -1:
+        return {}
+    return {key: lambda survivors: tuple(survivors(out) if a in axes else n for a, n in enumerate(old))}
 
 
 @rule("Reshape")
 def reshape(layer, call, x):
     out = _reshaped(call, x)
-    return Labels(out, config=_target(call, out, "target_shape", with_batch=False))
+    return Labels(out, config=_new_shape(out, layer.target_shape, "target_shape", first_axis=1))
 
 
 @rule("ops.Reshape")
 def reshape_op(operation, call, x):
     out = _reshaped(call, x)
-    if call.outputs[0][0] is not None:
-        call.fence(x, "reshapes the batch axis")
-        return Labels(call.frozen())
-    return Labels(out, config=_target(call, out, "newshape", with_batch=True))
+    return Labels(out, config=_new_shape(out, operation.newshape, "newshape"))
 
 
 @rule("Flatten")
@@ -93,23 +93,22 @@ def permute(layer, call, x):
 
 @rule("ops.Transpose")
 def transpose(operation, call, x):
-    axes = operation.axes if operation.axes is not None else range(x.ndim)[::-1]
-    return _batch_stays(call, x, x.transpose(axes), axes)
+    return _batch_first(call, x, x.transpose(operation.axes))
 
 
 @rule("ops.Swapaxes")
 def swapaxes(operation, call, x):
-    return _batch_stays(call, x, x.swapaxes(operation.axis1, operation.axis2), None)
+    return _batch_first(call, x, x.swapaxes(operation.axis1, operation.axis2))
 
 
 @rule("ops.Moveaxis")
 def moveaxis(operation, call, x):
-    return _batch_stays(call, x, np.moveaxis(x, operation.source, operation.destination), None)
+    return _batch_first(call, x, np.moveaxis(x, operation.source, operation.destination))
 
 
-def _batch_stays(call, x, out, axes):
-    if call.outputs[0][0] is not None:
-        call.fence(x, "moves the batch axis")
+def _batch_first(call, x, out):
+    if out.shape[0] > 1:
+        call.fence(x, "moves its channels to the first axis")
         return Labels(call.frozen())
     return Labels(out)
 
@@ -129,9 +128,10 @@ def squeeze(operation, call, x):
     shape = call.shape_of(x)
     axes = operation.axis
     axes = [a for a, d in enumerate(shape) if d == 1] if axes is None else [a % x.ndim for a in np.atleast_1d(axes)]
-    if x.size == 1:
-        call.fence(x, "squeezes a single channel")
-    return Labels(x.squeeze(tuple(axes)))
+    if not varying(x):
+        call.freeze(x)
+    # An axis that is cut down to 1 must not be squeezed too, so the axes are written out.
+    return Labels(x.squeeze(tuple(axes)), config={"axis": lambda _: tuple(axes)} if operation.axis is None else {})
 
 
 @rule("ops.BroadcastTo")
@@ -139,7 +139,7 @@ def broadcast_to(operation, call, x):
     if len(call.outputs[0]) != x.ndim or varying(x) and call.outputs[0][varying(x)[0]] != x.size:
         call.fence(x, "broadcasts its channels")
         return Labels(call.frozen())
-    return Labels(x, config=_target(call, x, "shape", with_batch=True))
+    return Labels(x, config=_new_shape(x, operation.shape, "shape"))
 
 
 @rule("ops.Mean", "ops.Sum", "ops.Max", "ops.Min", "ops.Amax", "ops.Amin", "ops.Any", "ops.All", "ops.Var", "ops.Std",
@@ -148,12 +148,25 @@ def reduction(operation, call, x):
     """Over other axes it is a pooling; over the channels it mixes them."""
     axis = operation.axis
     axes = list(range(x.ndim)) if axis is None else [a % x.ndim for a in np.atleast_1d(axis)]
-    if any(x.shape[a] > 1 for a in axes) or x.size == 1:
+    if not varying(x):
+        call.freeze(x)
+        return Labels(call.frozen())
+    if any(x.shape[a] > 1 for a in axes):
         call.fence(x, "reduces over its channels")
         return Labels(call.frozen())
     if type(operation).__name__ in ("Std", "Prod", "Any", "All", "CountNonzero"):
         call.fence(x, "is not smooth at 0")
     return Labels(x if operation.keepdims else x.squeeze(tuple(axes)))
+
+
+@rule("ops.Average")
+def average(operation, call, x, *weights):
+    if operation.axis is None or x.shape[operation.axis] > 1 or not varying(x) or any(
+            np.size(w) > 1 for _, w in call.constants()) or any(np.any(w) for w in weights):
+        for ids in call.inputs:
+            call.fence(ids, "averages over its channels, or with weights")
+        return Labels(call.frozen())
+    return Labels(x.squeeze(operation.axis))
 
 
 def _padded(call, x, amounts):
@@ -241,12 +254,12 @@ def pad(operation, call, x, *_):
 def split(operation, call, x):
     axis = operation.axis % x.ndim
     if x.shape[axis] == 1:
-        if call.shape_of(x)[axis] == 1:
-            call.fence(x, "splits a single channel")
         return Labels([x] * len(call.outputs))
     sizes = [shape[axis] for shape in call.outputs]
     ends = np.cumsum(sizes)[:-1]
     pieces = np.split(x, ends, axis)
+    for piece in pieces:
+        call.piece(piece)
 
     def indices(survivors):
         return [int(n) for n in np.cumsum([survivors(p.ravel()) for p in pieces])[:-1]]
@@ -263,8 +276,10 @@ def get_item(operation, call, x, *_):
     fill = [slice(None)] * (x.ndim - used)
     at = next((i for i, p in enumerate(parts) if p is Ellipsis), None)
     parts = parts[:at] + fill + parts[at + 1:] if at is not None else parts + fill
-    if not all(p is None or isinstance(p, (int, slice, np.integer)) for p in parts):
-        call.fence(x, "is indexed by an array")
+    numbers = [n for p in parts for n in ((p.start, p.stop, p.step) if isinstance(p, slice) else (p,))]
+    if not all(n is None or isinstance(n, (int, np.integer)) for n in numbers):
+        for ids in call.inputs:
+            call.fence(ids, "is indexed by an array")
         return Labels(call.frozen())
     axis, ids_key, new_parts, changed = 0, [], [], False
     for part in parts:
@@ -276,7 +291,7 @@ def get_item(operation, call, x, *_):
             ids_key.append(0 if isinstance(part, (int, np.integer)) else slice(None))
             new_parts.append(part)
             if isinstance(part, (int, np.integer)) and x.size == 1:
-                call.fence(x, "is indexed along a single channel")
+                call.freeze(x)
         else:
             line = x.ravel()
             if isinstance(part, slice):
@@ -284,6 +299,7 @@ def get_item(operation, call, x, *_):
                 if step != 1:
                     call.fence(x, "is sliced with a step along its channels")
                     return Labels(call.frozen())
+                call.piece(line[start:stop])
                 new_parts.append(lambda survivors, a=start, b=stop: slice(
                     survivors(line[:a]), survivors(line[:a]) + survivors(line[a:b])))
             else:
@@ -301,8 +317,51 @@ def get_item(operation, call, x, *_):
         position: lambda survivors: tuple(p(survivors) if callable(p) else p for p in new_parts)})
 
 
-@rule("ops.Repeat", "ops.Tile")
-def repeats(operation, call, x):
-    if varying(x) or x.size == 1:
-        call.fence(x, "repeats its channels")
-    return Labels(call.frozen())
+@rule("ops.Take")
+def take(operation, call, x, *indices):
+    axis = operation.axis
+    if axis is None or x.shape[axis] > 1 or any(np.any(i) for i in indices):
+        for ids in call.inputs:
+            call.fence(ids, "is indexed by an array")
+        return Labels(call.frozen())
+    places = len(call.outputs[0]) - x.ndim + 1
+    return Labels(x.take(np.zeros((1,) * places, int), axis))
+
+
+@rule("ops.Unstack")
+def unstack(operation, call, x):
+    if x.shape[operation.axis] > 1:
+        call.fence(x, "is taken apart channel by channel")
+        return Labels(call.frozen())
+    return Labels([x.squeeze(operation.axis)] * len(call.outputs))
+
+
+@rule("ops.Repeat")
+def repeat(operation, call, x):
+    if operation.axis is None or not varying(x) or not isinstance(operation.repeats, int):
+        call.fence(x, "repeats with a number for each channel, or over all axes")
+        return Labels(call.frozen())
+    return Labels(x.repeat(operation.repeats, operation.axis) if x.shape[operation.axis] > 1 else x)
+
+
+@rule("ops.Tile")
+def tile(operation, call, x):
+    times = operation.repeats
+    times = [1] * (x.ndim - len(times)) + list(times)
+    x = x.reshape([1] * (len(times) - x.ndim) + list(x.shape))
+    return Labels(np.tile(x, [n if a in varying(x) else 1 for a, n in enumerate(times)]))
+
+
+@rule("ops.DepthToSpace")
+def depth_to_space(operation, call, x):
+    """Every output channel comes from block_size ** 2 input channels, which leave together."""
+    axis, blocks = channel_axis(operation), operation.block_size ** 2
+    by_block = call.along(x, axis).reshape(blocks, -1)
+    call.tie(by_block, by_block[:1])
+    return Labels(call.spread(by_block[0], axis))
+
+
+@rule("ops.SpaceToDepth")
+def space_to_depth(operation, call, x):
+    axis = channel_axis(operation)
+    return Labels(call.spread(np.tile(call.along(x, axis), operation.block_size ** 2), axis))

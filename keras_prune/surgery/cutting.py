@@ -7,7 +7,16 @@ import warnings
 import keras
 import numpy as np
 
-from keras_prune.channels import Channels, graph_of, is_graph, nodes_of
+from keras_prune.channels import (
+    Channels,
+    graph_of,
+    input_layer_of,
+    inputs_of,
+    is_graph,
+    nodes_of,
+    outputs_of,
+    sublayers_of,
+)
 from keras_prune.rules import Ids
 from keras_prune.surgery.training import compile_like
 from keras_prune.surgery.zeros import zero_masks
@@ -69,17 +78,19 @@ class _Cut:
 
     def survivors(self, raw: Ids) -> int:
         """How many of these (unresolved) ids live: what rules' functions are given."""
-        return int(self.alive[self.channels._root[raw]].sum())
+        return int(self.alive[self.channels.resolve(raw)].sum())
 
     def value(self, edit, old):
         """A number or constant of the old network, as it is after the cut."""
         if callable(edit):
             return edit(self.survivors)
         if isinstance(edit, tuple):  # ids per axis of an array constant
+            if isinstance(old, dict):  # an array in a config
+                old = keras.saving.deserialize_keras_object(old)
             array = keras.ops.convert_to_numpy(old)
             for axis, raw in enumerate(edit):
                 if raw is not None:
-                    array = array.compress(self.alive[self.channels._root[raw]], axis)
+                    array = array.compress(self.alive[self.channels.resolve(raw)], axis)
             return array
         return self.survivors(edit)
 
@@ -94,12 +105,15 @@ class _Cut:
     def rebuilt(self, old):
         try:
             config = old.get_config()
-            for path, edit in self.channels._edits.get(id(old), {}).items():
+            for path, edit in self.channels.config_edits(old).items():
                 *outer, key = path.split(".")
                 place = config
                 for step in outer:
                     place = place[step]
-                place[key] = self.value(edit, place[key])
+                value = self.value(edit, place[key])
+                place[key] = value.tolist() if isinstance(value, np.ndarray) else value
+            if type(old) is keras.layers.Lambda:  # its function is here, no need to read it from code
+                return keras.layers.Lambda(**{**config, "function": old.function})
             return type(old).from_config(config)
         except Exception as error:
             raise ValueError(
@@ -115,14 +129,14 @@ class _Cut:
         for node in nodes_of(old):
             args, kwargs = node.arguments.fill_in(values)
             args = list(args)
-            for key, edit in self.channels._call_edits.get(id(node), {}).items():
+            for key, edit in self.channels.argument_edits(node).items():
                 place = args if isinstance(key, int) else kwargs
                 place[key] = self.value(edit, place[key])
             out = self.operation(node.operation)(*args, **kwargs)
             for tensor, new in zip(node.outputs, keras.tree.flatten(out)):
                 values[id(tensor)] = new
         inputs, outputs = (keras.tree.map_structure(lambda t: values[id(t)], struct)
-                           for struct in (old._inputs_struct, old._outputs_struct))
+                           for struct in (inputs_of(old), outputs_of(old)))
         return _same_class(old, inputs, outputs)
 
     def sequential(self, old) -> keras.Sequential:
@@ -133,11 +147,11 @@ class _Cut:
     def input(self, tensor):
         """A fresh keras.Input; that of a nested model has lost channels with the tensor it is called on."""
         shape = list(tensor.shape)
-        ids = self.channels._root[self.channels._ids_of[id(tensor)]]
+        ids = self.channels.ids_of(tensor)
         for axis in range(ids.ndim):
             if ids.shape[axis] > 1:
                 shape[axis] = int(self.alive[ids.ravel()].sum())
-        layer = tensor._keras_history.operation
+        layer = input_layer_of(tensor)
         return keras.Input(batch_shape=tuple(shape), dtype=tensor.dtype, sparse=tensor.sparse, name=layer.name,
                            optional=getattr(layer, "optional", False))
 
@@ -184,7 +198,7 @@ class _Cut:
 def _copy_flags(old, new) -> None:
     if new.trainable != old.trainable:
         new.trainable = old.trainable
-    for before, after in zip(old._layers, new._layers):
+    for before, after in zip(sublayers_of(old), sublayers_of(new)):
         _copy_flags(before, after)
 
 

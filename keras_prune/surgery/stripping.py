@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 import keras
 import numpy as np
 
-from keras_prune.channels import Channels
+from keras_prune.channels import Channels, inputs_of, layers_of
 from keras_prune.surgery.cutting import cut
 from keras_prune.surgery.zeros import dead_units
 
@@ -88,8 +88,8 @@ def strip(model: keras.Model, data=None, *, check: bool = True, report: bool = F
 
 def _is_float32(model) -> bool:
     """float16 and bfloat16 layers round at 1e-3 and 1e-2; the proof has to allow that."""
-    layers = [model, *model._flatten_layers(include_self=False)]
-    return all(keras.backend.standardize_dtype(layer.compute_dtype) in ("float32", "float64") for layer in layers)
+    return all(keras.backend.standardize_dtype(layer.compute_dtype) in ("float32", "float64")
+               for layer in layers_of(model))
 
 
 def check_finite(model) -> None:
@@ -135,17 +135,17 @@ def checked_inputs(model, data):
 
 
 def _input_struct(model):
-    graph = getattr(model, "_functional", None) or model
-    struct = graph._inputs_struct
+    struct = inputs_of(model)
     return struct[0] if isinstance(struct, (list, tuple)) and len(struct) == 1 else struct
 
 
 def relative_difference(a, b, inputs) -> float:
-    """max |a(x) - b(x)| / max |a(x)|, the worst of all outputs; inference mode, no compilation."""
+    """max |a(x) - b(x)| / max |a(x)|, the worst of all outputs; infinite if a number is not finite. Inference mode."""
     worst = 0.0
     for x, y in zip(keras.tree.flatten(a(inputs, training=False)), keras.tree.flatten(b(inputs, training=False))):
         x, y = (keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in (x, y))
         if x.shape != y.shape:
             raise ValueError(f"The models' outputs have shapes {x.shape} and {y.shape}.")
-        worst = max(worst, float(np.max(np.abs(x - y)) / max(np.max(np.abs(x)), 1e-12)))
+        difference = float(np.max(np.abs(x - y)) / max(np.max(np.abs(x)), 1e-12))
+        worst = max(worst, difference if np.isfinite(difference) else np.inf)  # max() would swallow a NaN
     return worst

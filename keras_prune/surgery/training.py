@@ -6,7 +6,7 @@ import copy
 
 import keras
 
-from keras_prune.rules import Ids  # noqa: F401
+from keras_prune.channels import compile_arguments_of, variables_of
 
 
 def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:
@@ -19,7 +19,7 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
     """
     if not getattr(old, "compiled", False):
         return
-    arguments = dict(old._compile_config.config)  # the objects as given: a user's own loss needs no registration
+    arguments = compile_arguments_of(old)
     for key in ("metrics", "weighted_metrics"):
         arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
     arguments["optimizer"] = sliced_optimizer(old.optimizer, new, variables, sliced)
@@ -41,7 +41,7 @@ def sliced_optimizer(old, new_model: keras.Model, variables: dict, sliced):
     new = type(old).from_config(old.get_config())
     if not old.built:
         return new
-    reference = {id(v): v for v in _slot_holder(old)._trainable_variables}
+    reference = {id(v): v for v in variables_of(_slot_holder(old))}
     new_of = [variables[i] for i in reference]
     old_of = {id(variables[i]): v for i, v in reference.items()}
     slot_of: dict[int, keras.Variable] = {}  # id(new slot) -> the old variable it belongs to
