@@ -7,108 +7,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from operator import attrgetter
 
 import keras
 import numpy as np
 
+from keras_prune.groups import Group, Member, Tensor, Term, Weight
+from keras_prune.internals import check_model, graph_of, is_graph, nodes_of
 from keras_prune.rules import FROZEN, Call, Fence, Ids, Labels, Ledger, find_rule
-
-
-@dataclass(frozen=True)
-class Weight:
-    """One labelled weight.
-
-    Attributes:
-        variable: the Keras variable.
-        layer: the layer it belongs to; `name` its attribute path there.
-        axes: per axis the 1-D ids, or None.
-        reads: per axis whether the layer reads these units (its input) rather than making them.
-    """
-
-    variable: keras.Variable
-    layer: keras.layers.Layer
-    name: str
-    axes: tuple[Ids | None, ...]
-    reads: tuple[bool, ...]
-
-    @property
-    def is_kernel(self) -> bool:
-        return "kernel" in self.name and len(self.axes) >= 2
-
-    @property
-    def is_statistic(self) -> bool:
-        """Running statistics follow the data; they carry no message."""
-        return self.name.split(".")[-1].startswith(("moving_", "adapt_"))
-
-
-@dataclass(frozen=True)
-class Member:
-    """An axis of a weight on which a group's units appear, `slices` times each."""
-
-    weight: Weight
-    axis: int
-    slices: int
-
-    @property
-    def reads(self) -> bool:
-        return self.weight.reads[self.axis]
-
-
-@dataclass(frozen=True)
-class Group:
-    """Units with the same members: they compete with each other.
-
-    Attributes:
-        index: its place in `Channels.groups`.
-        units: ids, shape (units,).
-        members: where they appear.
-    """
-
-    index: int
-    units: Ids
-    members: tuple[Member, ...]
-
-    def __len__(self) -> int:
-        return len(self.units)
-
-    @property
-    def producers(self) -> list[Member]:
-        """Kernel axes that make the units; where there is none, all members that make them."""
-        makers = [m for m in self.members if not m.reads and not m.weight.is_statistic]
-        kernels = [m for m in makers if m.weight.is_kernel]
-        return kernels or makers
-
-    @property
-    def slices(self) -> int:
-        """Channels per unit where they are made: what a width grid has to be divided by."""
-        return min((m.slices for m in self.producers), default=1)
-
-    @property
-    def name(self) -> str:
-        """The layers that make the units, at most three of them in words."""
-        names = list(dict.fromkeys(m.weight.layer.name for m in self.producers)) or ["(constant channels)"]
-        return ", ".join(names[:3]) + (f" +{len(names) - 3}" if len(names) > 3 else "")
-
-
-@dataclass(frozen=True)
-class Term:
-    """Multiply-accumulates of one call: `factor` x the product of what survives on each axis."""
-
-    axes: tuple[Ids | None, ...]
-    sizes: tuple[int, ...]
-    factor: int
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """One output of one call: ids, known shape without the batch, and when it is made and last used."""
-
-    ids: Ids
-    shape: tuple[int, ...]
-    made: int
-    last_used: int
 
 
 class Channels:
@@ -241,10 +147,7 @@ class Channels:
 
     def _label(self, call: Call, path: str, axes: tuple, out: list[Ids]) -> None:
         layer = call.operation
-        try:
-            variable = attrgetter(path)(layer)
-        except AttributeError:
-            variable = None
+        variable = _weight_of(layer, path)
         if variable is None:  # a bias that is switched off
             return
         shape = tuple(variable.shape)
@@ -276,9 +179,9 @@ class Channels:
         for tensor in self._raw_tensors[len(self._raw_tensors) - len(out):]:
             self._tensor_of[id(tensor[0])] = tensor
         for path, axes in labels.weights.items():
-            if "kernel" not in path or len(axes) < 2:
+            variable = _weight_of(call.operation, path)
+            if "kernel" not in path or len(axes) < 2 or variable is None:
                 continue
-            variable = attrgetter(path)(call.operation)
             positions = labels.positions
             if isinstance(positions, dict):
                 positions = positions.get(path)
@@ -416,81 +319,12 @@ def _with_length(tensor, length: int):
     return keras.KerasTensor(shape, dtype=tensor.dtype, sparse=tensor.sparse)
 
 
+def _weight_of(layer, path: str):
+    try:
+        return attrgetter(path)(layer)
+    except AttributeError:
+        return None
+
+
 def _has_weights(operation) -> bool:
     return bool(getattr(operation, "weights", None))
-
-
-def check_model(model) -> None:
-    """Raise unless `model` is a built graph of layers."""
-    if not isinstance(model, keras.Model):
-        hint = " (a tf_keras model? Rebuild it in Keras 3.)" if "keras" in type(model).__module__ else ""
-        raise TypeError(f"Expected a keras.Model, got {type(model).__name__}{hint}.")
-    if is_graph(model):
-        return
-    if isinstance(model, keras.Sequential):
-        raise ValueError(
-            f"Sequential model {model.name!r} is not built: its shapes are unknown. Call "
-            "model.build((None, height, width, channels)) or put a keras.Input first."
-        )
-    raise ValueError(
-        f"Model {model.name!r} is a subclassed {type(model).__name__}: it has no graph of layers to follow. Build the "
-        "network as a Functional or Sequential model; a subclass keras.Model(inputs, outputs) of your own is fine."
-    )
-
-
-# -- the only part that touches Keras's own insides --------------------------------------------------------------
-
-
-def is_graph(operation) -> bool:
-    """Whether an operation is a model whose graph can be walked."""
-    if isinstance(operation, keras.Sequential):
-        return getattr(operation, "_functional", None) is not None
-    return isinstance(operation, keras.Model) and hasattr(operation, "_nodes_by_depth")
-
-
-def graph_of(model):
-    """The Functional graph of a Functional or built Sequential model."""
-    return model._functional if isinstance(model, keras.Sequential) else model
-
-
-def nodes_of(graph):
-    """Calls of the graph in an order in which inputs come before outputs."""
-    for depth in sorted(graph._nodes_by_depth, reverse=True):
-        for node in graph._nodes_by_depth[depth]:
-            if node.operation is not None and not node.is_input:
-                yield node
-
-
-def inputs_of(model):
-    """The symbolic inputs in the structure in which the model takes them."""
-    return graph_of(model)._inputs_struct
-
-
-def outputs_of(model):
-    """The symbolic outputs in the structure in which the model returns them."""
-    return graph_of(model)._outputs_struct
-
-
-def input_layer_of(tensor):
-    """The InputLayer that made a symbolic input."""
-    return tensor._keras_history.operation
-
-
-def sublayers_of(layer) -> list:
-    """The layers directly inside a layer."""
-    return layer._layers
-
-
-def layers_of(model) -> list:
-    """All layers at any depth, the model itself first."""
-    return list(model._flatten_layers())
-
-
-def compile_arguments_of(model) -> dict:
-    """The arguments of the model's compile(), as the objects that were given."""
-    return dict(model._compile_config.config)
-
-
-def variables_of(optimizer) -> list:
-    """The variables a built optimizer has slots for."""
-    return optimizer._trainable_variables

@@ -150,9 +150,17 @@ class Pruner(keras.callbacks.Callback):
             _multiply(variable, mask)
             if self.holds(step) and isinstance(variable.constraint, KeepZeros):
                 variable.constraint.mask.assign(mask)
+                for slot in _slots(self.model.optimizer, variable):  # a momentum would move the weight each step, and
+                    _multiply(slot, mask)  # averaged weights (use_ema) are taken before the constraint
                 changed = True
         if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
             self.model.make_train_function(force=True)
+
+
+def _slots(optimizer, variable: keras.Variable) -> list[keras.Variable]:
+    """Momenta and averages of a variable: Keras names them after it."""
+    prefix = variable.path.replace("/", "_") + "_"
+    return [v for v in optimizer.variables if v.name.startswith(prefix) and tuple(v.shape) == tuple(variable.shape)]
 
 
 def _multiply(variable: keras.Variable, mask: np.ndarray) -> None:

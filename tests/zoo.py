@@ -104,7 +104,7 @@ def through(name, op, *groups, rank=2, fences=0, last=None, tolerance=1e-5):
         x = conv_n(8, 3, padding="same")(inputs)
         x = op()(x) if isinstance(op, type) else op(x)
         if last is None:
-            x = conv_n(6, 3, padding="same", activation="relu")(x)
+            x = conv_n(6, 3, padding="same", activation="elu")(x)
         return keras.Model(inputs, head(x))
 
     add(name, builder, *(groups or (8, 6)), fences=fences, tolerance=tolerance)
@@ -112,11 +112,11 @@ def through(name, op, *groups, rank=2, fences=0, last=None, tolerance=1e-5):
 
 # -- activations -------------------------------------------------------------------------------------------------
 
-for _name in ("relu", "relu6", "sigmoid", "tanh", "softplus", "softsign", "silu", "gelu", "elu", "selu", "celu",
-              "leaky_relu", "hard_sigmoid", "hard_tanh", "hard_shrink", "soft_shrink", "tanh_shrink",
-              "log_sigmoid", "exponential", "squareplus", "sparse_plus", "linear"):
-    through(f"activation_{_name}", lambda x, n=_name: layers.Activation(n)(x))
-    through(f"call_{_name}", lambda x, n=_name: getattr(keras.activations, n)(x))
+ELEMENTWISE = ("relu", "relu6", "sigmoid", "tanh", "softplus", "softsign", "silu", "gelu", "elu", "selu", "celu",
+               "leaky_relu", "hard_sigmoid", "hard_tanh", "hard_shrink", "soft_shrink", "tanh_shrink", "log_sigmoid",
+               "exponential", "squareplus", "sparse_plus", "linear")
+through("activations_as_layers", lambda x: layers.Add()([layers.Activation(n)(x) for n in (*ELEMENTWISE, "mish")]))
+through("activations_as_functions", lambda x: layers.Add()([getattr(keras.activations, n)(x) for n in ELEMENTWISE]))
 through("activation_softmax", lambda x: layers.Activation("softmax")(x), 6, fences=1)
 through("activation_layer_in_conv", lambda x: conv(5, activation=layers.LeakyReLU(0.3))(x), 8, 5, 6)
 through("conv_activation_softmax", lambda x: conv(5, activation="softmax")(x), 8, 6, fences=1)
@@ -250,7 +250,8 @@ def inception_scale():
 
 for _rank in (1, 2, 3):
     for _kind in ("Max", "Average"):
-        through(f"{_kind.lower()}_pooling{_rank}d", lambda x, k=_kind, r=_rank: getattr(layers, f"{k}Pooling{r}D")(2)(x), rank=_rank)
+        through(f"{_kind.lower()}_pooling{_rank}d",
+                lambda x, k=_kind, r=_rank: getattr(layers, f"{k}Pooling{r}D")(2)(x), rank=_rank)
         _global = getattr(layers, f"Global{_kind}Pooling{_rank}D")
         through(f"global_{_kind.lower()}{_rank}d", _global, 8, rank=_rank, last="none")
         through(f"global_{_kind.lower()}{_rank}d_keepdims", lambda x, g=_global: g(keepdims=True)(x), rank=_rank)
@@ -439,7 +440,7 @@ through("slice_step_on_channels", lambda x: x[..., ::2], 6, fences=1)
 through("slice_number_space", lambda x: x[:, 3], 8, last="none")
 through("slice_none", lambda x: ops.squeeze(x[:, None], 1))
 through("slice_one_channel", lambda x: x[..., 3:4] * x, 7, 6)
-through("take_one_channel", lambda x: x[..., 3][..., None] + x, 7, 6, fences=1)
+through("take_one_channel", lambda x: x[..., 3][..., None] + x, 7, 6)
 through("take_row", lambda x: ops.take(x, 2, axis=1), 8, last="none")
 through("take_channels", lambda x: ops.take(x, [0, 2, 5], axis=-1), 6, fences=1)
 through("split_layerlike", lambda x: ops.add(*ops.split(x, 2, axis=-1)), 4, 6)
@@ -505,6 +506,8 @@ def fixed_batch():
 # -- matrices ----------------------------------------------------------------------------------------------------
 
 
+# Lengths of 9 where the bias is not on the last axis: keras.ops.add on TensorFlow adds a bias of shape (n, 1) to an
+# (n, n) tensor along the wrong axis, so a width must not become equal to the length.
 def einsum(name, *stages, groups, fences=0, shape=(5, 4), **kwargs):
     def builder():
         x = inputs = keras.Input(shape)
@@ -515,13 +518,15 @@ def einsum(name, *stages, groups, fences=0, shape=(5, 4), **kwargs):
     add(name, builder, *groups, fences=fences, **kwargs)
 
 
-einsum("einsum_as_dense", ("abc,cd->abd", (None, 8), "d"), ("abd,de->abe", (None, 6), "e"), groups=(8, 6))
+einsum("einsum_as_dense", ("abc,cd->abd", (5, 8), "d"), ("abd,de->abe", (5, 6), "e"), groups=(8, 6))
 einsum("einsum_no_bias", ("abc,cd->abd", (5, 8), None), ("abd,de->abe", (5, 6), None), groups=(8, 6))
 einsum("einsum_ellipsis", ("...x,xy->...y", 8, "y"), ("...x,xy->...y", (6,), "y"), groups=(8, 6))
-einsum("einsum_right_ellipsis", ("ab...,bc->ac...", 8, "c"), ("ab...,bc->ac...", 6, "c"), groups=(8, 6))
-einsum("einsum_token_mixing", ("abc,bd->adc", (8, None), "d"), ("adc,de->aec", (6, None), "e"), groups=(8, 6))
+einsum("einsum_right_ellipsis", ("ab...,bc->ac...", 8, "c"), ("ab...,bc->ac...", 6, "c"), groups=(8, 6),
+       shape=(5, 9))
+einsum("einsum_token_mixing", ("abc,bd->adc", (8, 9), "d"), ("adc,de->aec", (6, 9), "e"), groups=(8, 6),
+       shape=(5, 9))
 einsum("einsum_bias_two_axes", ("abc,cd->abd", (5, 8), "bd"), ("abd,de->abe", (5, 6), "be"), groups=(8, 6))
-einsum("einsum_heads", ("abc,cde->abde", (None, 6, 3), "de"), ("abde,dec->abc", (None, 7), "c"), groups=(6, 7))
+einsum("einsum_heads", ("abc,cde->abde", (5, 6, 3), "de"), ("abde,dec->abc", (5, 7), "c"), groups=(6, 7))
 einsum("einsum_per_head", ("abc,cde->abde", (5, 6, 3), "de"), ("abde,def->abdf", (5, 6, 2), "df"), groups=(6,))
 einsum("einsum_batch_letter_passes", ("abc,cde->abde", (5, 6, 3), None), ("abde,ef->abdf", (5, 6, 2), "f"),
        groups=(6,))

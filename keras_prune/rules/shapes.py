@@ -9,7 +9,7 @@ from keras_prune.rules.language import Labels, broadcast, collapse, rule, varyin
 
 
 def _one_axis(call, ids):
-    """Make ids a matter of the one axis that leaves most units: tie along the others, so that what is left stays a box."""
+    """Tie along all axes but the one that leaves most units, so that what survives stays a box."""
     ids = collapse(ids)
     axes = varying(ids)
     if len(axes) > 1:
@@ -300,12 +300,12 @@ def get_item(operation, call, x, *_):
                     call.fence(x, "is sliced with a step along its channels")
                     return Labels(call.frozen())
                 call.piece(line[start:stop])
-                new_parts.append(lambda survivors, a=start, b=stop: slice(
-                    survivors(line[:a]), survivors(line[:a]) + survivors(line[a:b])))
+                new_parts.append(lambda survivors, before=line[:start], inside=line[start:stop]: slice(
+                    survivors(before), survivors(before) + survivors(inside)))
             else:
                 part = int(part) % len(line)
                 call.fence(line[part: part + 1], "is taken out by its number")
-                new_parts.append(lambda survivors, i=part: survivors(line[:i]))
+                new_parts.append(lambda survivors, before=line[:part]: survivors(before))
             ids_key.append(part)
             changed = True
         axis += 1

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import tempfile
 import warnings
 
 import keras
 import numpy as np
 
-from keras_prune.channels import (
-    Channels,
+from keras_prune.channels import Channels
+from keras_prune.internals import (
     graph_of,
     input_layer_of,
     inputs_of,
@@ -72,7 +73,7 @@ class _Cut:
         small = self.graph(self.channels.model)
         for old, new in list(self.new.values()):
             self.copy_weights(old, new)
-        self.copy_trainable()
+        self.copy_trainable(small)
         compile_like(self.channels.model, small, self.variables, self.sliced)
         return small
 
@@ -104,7 +105,7 @@ class _Cut:
 
     def rebuilt(self, old):
         try:
-            config = old.get_config()
+            config = _unbuilt(old.get_config())
             for path, edit in self.channels.config_edits(old).items():
                 *outer, key = path.split(".")
                 place = config
@@ -185,14 +186,27 @@ class _Cut:
                 )
             after.assign(array)
             self.variables[id(before)] = after
+        if hasattr(old, "save_assets"):  # a vocabulary
+            with tempfile.TemporaryDirectory() as folder:
+                old.save_assets(folder)
+                new.load_assets(folder)
         if hasattr(new, "finalize_state"):  # preprocessing layers derive constants from their weights
             new.finalize_state()
 
-    def copy_trainable(self) -> None:
+    def copy_trainable(self, small: keras.Model) -> None:
         """Outer flags first: setting one sets all flags below it."""
+        if not self.channels.model.trainable:
+            small.trainable = False
         for old, new in reversed(list(self.new.values())):
             if isinstance(old, keras.layers.Layer):
                 _copy_flags(old, new)
+
+
+def _unbuilt(config):
+    """A config without the build shapes of wrapped layers: they are those of the old network."""
+    if isinstance(config, dict):
+        return {k: _unbuilt(v) for k, v in config.items() if not (k == "build_config" and "class_name" in config)}
+    return config
 
 
 def _copy_flags(old, new) -> None:
@@ -204,11 +218,9 @@ def _copy_flags(old, new) -> None:
 
 def _same_class(old, inputs, outputs):
     """A model of the same class where its constructor allows it (a subclass with a train_step of its own)."""
-    cls = type(old)
-    if "optional" not in cls.__init__.__code__.co_varnames and cls not in (keras.Model,):
-        try:
-            return cls(inputs=inputs, outputs=outputs, name=old.name)
-        except TypeError:
-            warnings.warn(f"{cls.__name__} cannot be made from (inputs, outputs, name); the result is a plain keras.Model.",
-                          stacklevel=5)
-    return keras.Model(inputs, outputs, name=old.name)
+    try:
+        return type(old)(inputs=inputs, outputs=outputs, name=old.name)
+    except TypeError:
+        warnings.warn(f"{type(old).__name__} cannot be made from (inputs, outputs, name); the result is a plain "
+                      "keras.Model.", stacklevel=5)
+        return keras.Model(inputs, outputs, name=old.name)

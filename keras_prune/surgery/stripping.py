@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass
 import keras
 import numpy as np
 
-from keras_prune.channels import Channels, inputs_of, layers_of
+from keras_prune.channels import Channels
+from keras_prune.internals import inputs_of, layers_of
 from keras_prune.surgery.cutting import cut
 from keras_prune.surgery.zeros import dead_units
 

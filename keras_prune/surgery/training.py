@@ -6,7 +6,7 @@ import copy
 
 import keras
 
-from keras_prune.channels import compile_arguments_of, variables_of
+from keras_prune.internals import compile_arguments_of, variables_of
 
 
 def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:

@@ -1,0 +1,78 @@
+"""The only file that touches Keras's own insides: graphs, nodes, structures, sublayers."""
+
+from __future__ import annotations
+
+import keras
+
+
+def check_model(model) -> None:
+    """Raise unless `model` is a built graph of layers."""
+    if not isinstance(model, keras.Model):
+        hint = " (a tf_keras model? Rebuild it in Keras 3.)" if "keras" in type(model).__module__ else ""
+        raise TypeError(f"Expected a keras.Model, got {type(model).__name__}{hint}.")
+    if is_graph(model):
+        return
+    if isinstance(model, keras.Sequential):
+        raise ValueError(
+            f"Sequential model {model.name!r} is not built: its shapes are unknown. Call "
+            "model.build((None, height, width, channels)) or put a keras.Input first."
+        )
+    raise ValueError(
+        f"Model {model.name!r} is a subclassed {type(model).__name__}: it has no graph of layers to follow. Build the "
+        "network as a Functional or Sequential model; a subclass keras.Model(inputs, outputs) of your own is fine."
+    )
+
+
+def is_graph(operation) -> bool:
+    """Whether an operation is a model whose graph can be walked."""
+    if isinstance(operation, keras.Sequential):
+        return getattr(operation, "_functional", None) is not None
+    return isinstance(operation, keras.Model) and hasattr(operation, "_nodes_by_depth")
+
+
+def graph_of(model):
+    """The Functional graph of a Functional or built Sequential model."""
+    return model._functional if isinstance(model, keras.Sequential) else model
+
+
+def nodes_of(graph):
+    """Calls of the graph in an order in which inputs come before outputs."""
+    for depth in sorted(graph._nodes_by_depth, reverse=True):
+        for node in graph._nodes_by_depth[depth]:
+            if node.operation is not None and not node.is_input:
+                yield node
+
+
+def inputs_of(model):
+    """The symbolic inputs in the structure in which the model takes them."""
+    return graph_of(model)._inputs_struct
+
+
+def outputs_of(model):
+    """The symbolic outputs in the structure in which the model returns them."""
+    return graph_of(model)._outputs_struct
+
+
+def input_layer_of(tensor):
+    """The InputLayer that made a symbolic input."""
+    return tensor._keras_history.operation
+
+
+def sublayers_of(layer) -> list:
+    """The layers directly inside a layer."""
+    return layer._layers
+
+
+def layers_of(model) -> list:
+    """All layers at any depth, the model itself first."""
+    return list(model._flatten_layers())
+
+
+def compile_arguments_of(model) -> dict:
+    """The arguments of the model's compile(), as the objects that were given."""
+    return dict(model._compile_config.config)
+
+
+def variables_of(optimizer) -> list:
+    """The variables a built optimizer has slots for."""
+    return optimizer._trainable_variables
