@@ -121,7 +121,7 @@ class Channels:
         elif idle and not _has_weights(operation) and type(operation).__module__.startswith("keras."):
             labels = Labels(call.frozen())
         else:
-            labels = rule(operation, call, *call.inputs)
+            labels = rule(operation, call, *call.inputs) or self._fenced(call, "its rule does not cover this case")
         out = labels.out if isinstance(labels.out, list) else [labels.out]
         for path, axes in labels.weights.items():
             self._label(call, path, axes, out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,10 +100,16 @@ def load_model(path: str, unsafe: bool = False):
         if "safe_mode" in text or "unsafe" in text.lower() or "lambda" in text.lower():
             raise ValueError(f"{path} holds code (a Lambda layer), which is not run: it could do anything. If you trust "
                              "the file, add --unsafe.") from error
-        if "could not locate class" in text.lower() or "unknown layer" in text.lower():
-            raise ValueError(f"{path} needs a custom class: {first} Import it in a Python script and call "
+        custom = re.search(r"(?:could not locate (?:class|function)|unknown \w+:) '?(\w+)", text, re.IGNORECASE)
+        if custom:
+            raise ValueError(f"{path} needs the custom object {custom[1]!r}, which this program does not have. Load it in a "
+                             "Python script with keras.saving.load_model(..., custom_objects=...) and call "
                              "keras_prune.prune there.") from error
-        raise ValueError(f"{path} could not be read: {type(error).__name__}: {first} Is the file whole?") from error
+        if "deserializ" in text:
+            raise ValueError(f"{path} is not understood by this version of Keras: {first} Rebuild the network in Keras 3, "
+                             "load the weights with model.load_weights, and save it as .keras.") from error
+        raise ValueError(f"{path} could not be read, it is cut off or no Keras file: {type(error).__name__}: "
+                         f"{first}") from error
 
 
 def save_model(model, path: str) -> None:

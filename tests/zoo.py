@@ -475,6 +475,9 @@ through("repeat_vector", lambda x: layers.RepeatVector(5)(layers.GlobalAveragePo
 through("one_by_one_reshape", lambda x: layers.Reshape((1, 1, 8))(layers.GlobalAveragePooling2D()(x)))
 through("depth_to_space", lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 8, 8, 2, 2, 2)), (0, 1, 3, 2, 4, 5)),
                                                 (-1, 16, 16, 2)), 2, 6)
+through("depth_to_space_op", lambda x: ops.depth_to_space(x, 2), 2, 6)
+through("space_to_depth_op", lambda x: ops.space_to_depth(x, 2))
+through("captured_variable", lambda x: x * keras.Variable(np.linspace(0.5, 2, 8)))
 through("broadcast_constant_in_front", lambda x: ops.mean(x[:, None] + np.ones((4, 1, 1, 1), "float32"), 1))
 
 
@@ -613,6 +616,38 @@ def attention_by_hand():
     return keras.Model(inputs, head(layers.Dense(8, "relu")(x)))
 
 
+@entry(8, 4, 8, 5)
+def attention_over_one_axis():
+    inputs = keras.Input((3, 4, 6))
+    x = layers.Dense(8)(inputs)
+    x = layers.MultiHeadAttention(4, 3, attention_axes=(2,))(x, x)
+    return keras.Model(inputs, head(layers.Dense(5, "relu")(x)))
+
+
+@entry(8, 4, 5)
+def attention_with_two_output_axes():
+    """A tensor may carry units on one axis only, so its outputs stay."""
+    inputs = keras.Input((4, 6))
+    x = layers.Dense(8)(inputs)
+    x = layers.MultiHeadAttention(4, 3, output_shape=(2, 3))(x, x)
+    return keras.Model(inputs, head(layers.Dense(5, "relu")(x)))
+
+
+@entry(8, 5)
+def attention_pooling():
+    inputs = keras.Input((6, 8))
+    x = layers.Dense(8)(inputs)
+    return keras.Model(inputs, head(layers.Dense(5)(x * layers.Softmax(axis=1)(layers.Dense(1)(x)))))
+
+
+@entry(5, fences=1)
+def softmax_masked():
+    """The mask is an input of the model with as many channels, so they all stay."""
+    inputs, mask = keras.Input((6, 8)), keras.Input((6, 8), dtype="float32")
+    x = layers.Softmax(axis=1)(layers.Dense(8)(inputs), mask=mask > -0.5)
+    return keras.Model([inputs, mask], head(layers.Dense(5)(x)))
+
+
 # -- recurrence --------------------------------------------------------------------------------------------------
 
 
@@ -665,7 +700,7 @@ def recurrent_stateful():
     return keras.Model(inputs, head(x))
 
 
-@entry(6, 8, 8, 5)  # concatenated directions are free of each other, summed ones are not
+@entry(6, 8, 5)
 def bidirectional():
     inputs = keras.Input((5, 4))
     x = layers.Bidirectional(layers.LSTM(8, return_sequences=True))(layers.Dense(6)(inputs))
@@ -681,6 +716,21 @@ def time_distributed():
     x = layers.TimeDistributed(layers.GlobalAveragePooling2D())(x)
     x = layers.TimeDistributed(layers.Dense(8, activation="relu"))(x)
     return keras.Model(inputs, head(layers.LSTM(5)(x)))
+
+
+@entry(6, fences=1)
+def time_distributed_model():
+    """A wrapped model is not looked into."""
+    inputs = keras.Input((4, 8, 8, 3))
+    inner = keras.Sequential([keras.Input((8, 8, 3)), conv(4), layers.Flatten()])
+    return keras.Model(inputs, head(layers.Dense(6)(layers.TimeDistributed(inner)(inputs))))
+
+
+@entry(6, fences=1)
+def bidirectional_with_states():
+    inputs = keras.Input((4, 5))
+    x = layers.Bidirectional(layers.LSTM(4, return_state=True))(inputs)[0]
+    return keras.Model(inputs, head(layers.Dense(6)(x)))
 
 
 # -- wiring ------------------------------------------------------------------------------------------------------
@@ -732,6 +782,21 @@ def two_in_two_out_by_name():
     return keras.Model({"right": right, "left": left},
                        {"scores": layers.Dense(3, name="scores")(layers.Dense(5, "relu")(x)),
                         "gate": layers.Dense(2, name="gate")(y)})
+
+
+@entry(3, 4, 8, 6)
+def nested_model_by_name():
+    given = {"p": keras.Input((8, 8, 3), name="p"), "q": keras.Input((8, 8, 4), name="q")}
+    inner = keras.Model(given, {"sum": conv(8)(given["p"]) + conv(8)(given["q"])})
+    inputs = image()
+    x = inner({"q": conv(4)(inputs), "p": conv(3)(inputs)})["sum"]
+    return keras.Model(inputs, head(conv(6, activation="relu")(x)))
+
+
+@entry(8, 6)
+def optional_input():
+    a, b = keras.Input((8, 8, 3), name="a"), keras.Input((8, 8, 3), name="b", optional=True)
+    return keras.Model({"a": a, "b": b}, head(conv(6, activation="relu")(conv(8)(a) + conv(8)(b))))
 
 
 @entry(8, 6)

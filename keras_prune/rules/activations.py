@@ -7,7 +7,7 @@ import weakref
 import keras
 import numpy as np
 
-from keras_prune.rules.language import Labels, rule
+from keras_prune.rules.language import Labels, rule, varying
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 
@@ -85,7 +85,9 @@ def mixes_along_axis(layer, call, x, *mask):
     if any(x.shape[a] > 1 for a in axes):
         call.fence(x, "mixes its channels")
     for ids in mask:
-        call.fence(ids, "is a mask")
+        call.freeze(ids)
+        if ids.ndim != x.ndim or any(call.shape_of(ids)[a] != 1 for a in varying(x)):
+            call.fence(x, "has a mask with channels of its own")
     call.loud(x)
     return Labels(x)
 

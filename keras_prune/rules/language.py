@@ -224,7 +224,8 @@ class Call:
         return found
 
 
-Rule = Callable[..., Labels]
+Rule = Callable[..., Labels | None]
+"""(layer, call, *ids) -> labels; None for a case that it does not rule: a fence."""
 RULES: dict[Any, Rule] = {}
 
 

@@ -37,25 +37,21 @@ def recurrent(layer, call, x, *others):
 
 @rule("Bidirectional")
 def bidirectional(layer, call, x, *others):
-    """Two recurrent layers. Their cells are free of each other where they are concatenated, and tied elsewhere."""
+    """Two recurrent layers of one width: Keras's own shape rule counts on that, so their cells leave in pairs."""
     parts = {"forward_layer": layer.forward_layer, "backward_layer": layer.backward_layer}
     if any(find_rule(part) is not recurrent for part in parts.values()) or layer.return_state or (
             call.kwargs.get("initial_state") is not None):
-        for ids in call.inputs:
-            call.fence(ids, "wraps a layer other than SimpleRNN, GRU and LSTM, or passes states")
-        return Labels(call.frozen(), positions=call.lengths(x)[0], weights={
-            f"{name}.cell.{kernel}": (None, None) for name in parts for kernel in ("kernel", "recurrent_kernel")
-            if hasattr(getattr(parts[name], "cell", None), kernel)})
+        return None
     labels = {name: recurrent(part, call, x, *others) for name, part in parts.items()}
     weights = {f"{name}.{path}": axes for name in parts for path, axes in labels[name].weights.items()}
     forward, backward = (label.config["units"] for label in labels.values())
     config = {"layer.config.units": forward, "backward_layer.config.units": backward}
+    call.tie(forward, backward)
     if layer.merge_mode == "concat":
         out = call.spread(np.concatenate([forward, backward]), -1)
     elif layer.merge_mode is None:
         out = [call.spread(forward, -1, 0), call.spread(backward, -1, 1)]
     else:
-        call.tie(forward, backward)
         out = call.spread(forward, -1)
     return Labels(out, weights, config, positions=call.lengths(x)[0])
 
@@ -65,8 +61,7 @@ def time_distributed(layer, call, x, *mask):
     """The inner layer's own rule, for a tensor without the time axis."""
     inner_rule = find_rule(layer.layer)
     if inner_rule is None or x.shape[1] > 1:
-        call.fence(x, "wraps a layer without a rule, or has units along time")
-        return Labels(call.frozen())
+        return None
     inner = call.inner(layer.layer, axis=1)
     labels, steps = inner_rule(layer.layer, inner, *inner.inputs), call.lengths(x)[0]
     weights = {f"layer.{path}": axes for path, axes in labels.weights.items()}

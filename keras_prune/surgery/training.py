@@ -42,6 +42,8 @@ def sliced_optimizer(old, new_model: keras.Model, variables: dict, sliced):
     if not old.built:
         return new
     reference = {id(v): v for v in variables_of(_slot_holder(old))}
+    if not all(i in variables for i in reference):  # it also trains what is not in the graph: start afresh
+        return new
     new_of = [variables[i] for i in reference]
     old_of = {id(variables[i]): v for i, v in reference.items()}
     slot_of: dict[int, keras.Variable] = {}  # id(new slot) -> the old variable it belongs to
