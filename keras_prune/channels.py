@@ -226,8 +226,8 @@ class Channels:
 
         self.weights = [Weight(v, layer, path, settle(axes), reads)
                         for v, layer, path, axes, reads in self._raw_weights.values()]
-        self._terms = [Term(settle(axes), sizes, factor) for axes, sizes, factor in self._raw_terms]
-        self._tensors = [Tensor(self._root[ids], shape, made, used) for ids, shape, made, used in self._raw_tensors]
+        self.terms = [Term(settle(axes), sizes, factor) for axes, sizes, factor in self._raw_terms]
+        self.tensors = [Tensor(self._root[ids], shape, made, used) for ids, shape, made, used in self._raw_tensors]
         self.unit_count = len(roots)
         self._find_groups()
 

@@ -28,7 +28,7 @@ def macs(channels: Channels, removed: Ids = ()) -> int:
     """Multiply-accumulates per sample of all kernels and attention products. Not counted: biases, norms, pooling,
     activations, and layers without a rule (`channels.uncounted` names them)."""
     alive = channels.alive(removed)
-    return sum(term.factor * _size(term.axes, term.sizes, alive) for term in channels._terms)
+    return sum(term.factor * _size(term.axes, term.sizes, alive) for term in channels.terms)
 
 
 def memory(channels: Channels, removed: Ids = ()) -> int:
@@ -37,10 +37,10 @@ def memory(channels: Channels, removed: Ids = ()) -> int:
     An upper bound for a runtime that fuses activations and reuses buffers; good for comparing.
     """
     alive = channels.alive(removed)
-    if not channels._tensors:
+    if not channels.tensors:
         return 0
-    change = np.zeros(max(t.last_used for t in channels._tensors) + 2, np.int64)
-    for tensor in channels._tensors:
+    change = np.zeros(max(t.last_used for t in channels.tensors) + 2, np.int64)
+    for tensor in channels.tensors:
         size = math.prod(tensor.shape)
         if tensor.ids.size > 1:
             size = size // tensor.ids.size * int(alive[tensor.ids].sum())

@@ -5,6 +5,8 @@ from __future__ import annotations
 import keras
 import numpy as np
 
+from keras_prune.internals import layers_of
+
 
 def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max_batches: int = 100) -> int:
     """Replace the running mean and variance of all BatchNormalization layers by averages over `data`, in place.
@@ -25,7 +27,7 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
     Raises:
         ValueError: data is empty.
     """
-    norms = [layer for layer in model._flatten_layers()
+    norms = [layer for layer in layers_of(model)
              if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
     if not norms:
         return 0

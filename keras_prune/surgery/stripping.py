@@ -115,13 +115,12 @@ def model_inputs(model, samples: int = 2, seed: int = 0, length: int = 32):
             raise ValueError(f"Input {tensor.name!r} takes strings, which cannot be made up: pass data=.")
         return rng.normal(size=shape).astype("float32" if dtype == "bfloat16" else dtype)
 
-    return keras.tree.map_structure(make, _input_struct(model))
+    return keras.tree.map_structure(make, inputs_of(model))
 
 
 def checked_inputs(model, data):
     """`data` if it fits the model's inputs, else a ValueError that says how."""
-    struct = _input_struct(model)
-    tensors, arrays = keras.tree.flatten(struct), keras.tree.flatten(data)
+    tensors, arrays = keras.tree.flatten(inputs_of(model)), keras.tree.flatten(data)
     if len(tensors) != len(arrays):
         raise ValueError(f"data holds {len(arrays)} arrays, but the model has {len(tensors)} inputs: "
                          f"{[t.name for t in tensors]}.")
@@ -135,15 +134,12 @@ def checked_inputs(model, data):
     return data
 
 
-def _input_struct(model):
-    struct = inputs_of(model)
-    return struct[0] if isinstance(struct, (list, tuple)) and len(struct) == 1 else struct
-
-
 def relative_difference(a, b, inputs) -> float:
     """max |a(x) - b(x)| / max |a(x)|, the worst of all outputs; infinite if a number is not finite. Inference mode."""
     worst = 0.0
-    for x, y in zip(keras.tree.flatten(a(inputs, training=False)), keras.tree.flatten(b(inputs, training=False))):
+    outputs = [keras.tree.flatten(model(keras.tree.pack_sequence_as(inputs_of(model), keras.tree.flatten(inputs)),
+                                        training=False)) for model in (a, b)]
+    for x, y in zip(*outputs):
         x, y = (keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in (x, y))
         if x.shape != y.shape:
             raise ValueError(f"The models' outputs have shapes {x.shape} and {y.shape}.")
