@@ -43,11 +43,12 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--dataset", default="fashion_mnist_subset", help="the set inside the package, NAME.npz in "
                       "--data-dir, or a tensorflow_datasets name such as cifar10")
     demo.add_argument("--data-dir", help="folder with data; else the environment variable KERAS_PRUNE_DATA")
-    demo.add_argument("--epochs", type=int, default=10, help="of the unpruned and of the pruned network alike")
+    demo.add_argument("--epochs", type=int, default=8, help="of the unpruned and of the pruned network alike")
     demo.add_argument("--tune-epochs", type=int, default=3, help="how many of them come after the strip")
     demo.add_argument("--fraction", type=float, default=1.0, help="of the images")
     demo.add_argument("--seed", type=int, default=0, help="of initial weights and order of images")
     _sentence(demo, measure=False)
+    demo.set_defaults(budget="uniform")
 
     inspect = command("inspect", _inspect, "groups of channels, cost, and fences of a model",
                       "keras-prune inspect model.keras")

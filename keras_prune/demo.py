@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 import keras
-import numpy as np
 from keras import layers
 
 from keras_prune import datasets, metrics
@@ -75,9 +74,9 @@ def run(
     data_dir: str | None = None,
     sparsity: float = 0.5,
     criterion: str = "l2",
-    budget: str = "global",
+    budget: str = "uniform",
     round_to: int = 8,
-    epochs: int = 10,
+    epochs: int = 8,
     tune_epochs: int = 3,
     batch_size: int = 128,
     seed: int = 0,

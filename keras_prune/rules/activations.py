@@ -96,7 +96,7 @@ def mixes_along_axis(layer, call, x, *mask):
 UNARY = """Relu Relu6 Sigmoid SparseSigmoid Softplus Softsign SoftShrink SparsePlus Silu Squareplus LogSigmoid LeakyRelu
 HardSigmoid HardSilu Elu Selu Gelu Celu TanhShrink HardTanh HardShrink Threshold Absolute Abs Fabs Negative Square Exp
 Exp2 Expm1 Log1p Sin Cos Tan Sinh Cosh Tanh Arctan Arcsinh Sign Floor Ceil Round Trunc Clip Cast SaturateCast Copy Array
-StopGradient ConvertToTensor Identity NanToNum Isnan Isfinite Isinf LogicalNot OnesLike ZerosLike Erf""".split()
+StopGradient ConvertToTensor NanToNum Isnan Isfinite Isinf LogicalNot OnesLike ZerosLike Erf""".split()
 
 
 @rule(*[f"ops.{name}" for name in UNARY])

@@ -80,12 +80,6 @@ def flatten(layer, call, x):
     return Labels(_one_axis(call, broadcast(x_last, shape).reshape(1, -1)))
 
 
-@rule("ops.Ravel")
-def ravel(operation, call, x):
-    call.fence(x, "flattens the batch too")
-    return Labels(call.frozen())
-
-
 @rule("Permute")
 def permute(layer, call, x):
     return Labels(x.transpose([0, *layer.dims]))
@@ -132,14 +126,6 @@ def squeeze(operation, call, x):
         call.freeze(x)
     # An axis that is cut down to 1 must not be squeezed too, so the axes are written out.
     return Labels(x.squeeze(tuple(axes)), config={"axis": lambda _: tuple(axes)} if operation.axis is None else {})
-
-
-@rule("ops.BroadcastTo")
-def broadcast_to(operation, call, x):
-    if len(call.outputs[0]) != x.ndim or varying(x) and call.outputs[0][varying(x)[0]] != x.size:
-        call.fence(x, "broadcasts its channels")
-        return Labels(call.frozen())
-    return Labels(x, config=_new_shape(x, operation.shape, "shape"))
 
 
 @rule("ops.Mean", "ops.Sum", "ops.Max", "ops.Min", "ops.Amax", "ops.Amin", "ops.Any", "ops.All", "ops.Var", "ops.Std",
