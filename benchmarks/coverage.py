@@ -98,30 +98,48 @@ def measure(name: str) -> dict:
     wrong = cut(channels, others(channels, decision.removed))
     control = relative_difference(zeroed, wrong, images)
     return {
-        "model": name, "input": size, "groups": len(channels.groups), "fences": len(channels.fences),
-        "macs": decision.totals["macs"], "params": decision.totals["params"], "removed": decision.reached,
-        "params_predicted_exactly": predicted == small.count_params(), "difference": difference, "control": control,
-        "build_s": built, "walk_s": walk, "cut_s": cutting,
+        "model": name,
+        "input": size,
+        "groups": len(channels.groups),
+        "fences": len(channels.fences),
+        "macs": decision.totals["macs"],
+        "params": decision.totals["params"],
+        "removed": decision.reached,
+        "params_predicted_exactly": predicted == small.count_params(),
+        "difference": difference,
+        "control": control,
+        "build_s": built,
+        "walk_s": walk,
+        "cut_s": cutting,
     }
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| model | input | groups | fences | MACs before | MACs after | removed | params after | difference | control |",
-             "|---|---|---|---|---|---|---|---|---|---|"]
+    lines = [
+        "| model | input | groups | fences | MACs before | after | removed | params after | difference | control |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
     for r in rows:
         if "error" in r:
             lines.append(f"| {r['model']} | | | | | | **{r['error']}** | | | |")
             continue
         lines.append(
             f"| {r['model']} | {r['input'][0]}² | {r['groups']} | {r['fences']} | {r['macs'][0] / 1e6:,.0f} M | "
-            f"{r['macs'][1] / 1e6:,.0f} M | {r['removed']:.1%} | {r['params'][1] / 1e6:.2f} M | {r['difference']:.1e} | "
-            f"{r['control']:.1e} |")
+            f"{r['macs'][1] / 1e6:,.0f} M | {r['removed']:.1%} | {r['params'][1] / 1e6:.2f} M | "
+            f"{r['difference']:.1e} | "
+            f"{r['control']:.1e} |"
+        )
     return "\n".join(lines)
 
 
 def passed(row: dict) -> bool:
-    return ("error" not in row and abs(row["removed"] - 0.5) <= 0.02 and row["difference"] <= 1e-5
-            and row["control"] > 1e-2 and row["params_predicted_exactly"])
+    return (
+        "error" not in row
+        and abs(row["removed"] - 0.5) <= 0.02
+        and row["difference"] <= 1e-5
+        and row["control"] > 1e-2
+        and row["params_predicted_exactly"]
+    )
 
 
 def main() -> int:
@@ -143,15 +161,23 @@ def main() -> int:
     good = sum(passed(r) for r in rows)
     print(f"{good}/{len(rows)} models")
     if not given.models:
-        facts = {"passed": good, "of": len(rows), "keras": keras.__version__, "backend": keras.backend.backend(),
-                 "machine": f"{platform.machine()}, Python {platform.python_version()}", "models": rows}
+        facts = {
+            "passed": good,
+            "of": len(rows),
+            "keras": keras.__version__,
+            "backend": keras.backend.backend(),
+            "machine": f"{platform.machine()}, Python {platform.python_version()}",
+            "models": rows,
+        }
         Path(given.output).write_text(json.dumps(facts, indent=1) + "\n")
         Path(given.docs).write_text(
             f"# Coverage: {good} of {len(rows)} models of keras.applications\n\nEach model at its default input size, "
             "random weights, random BatchNorm statistics; half of the MACs cut (criterion l2, global budget, widths in "
             "multiples of 8). *difference*: max |zeroed − cut| / max |zeroed| of the logits on two random images; "
-            "*control*: the same when as many other units are cut instead.\n\nWritten by `python benchmarks/coverage.py` "
-            f"(Keras {facts['keras']}, {facts['backend']}, {facts['machine']}).\n\n{table(rows)}\n")
+            "*control*: the same when as many other units are cut instead.\n\n"
+            "Written by `python benchmarks/coverage.py` "
+            f"(Keras {facts['keras']}, {facts['backend']}, {facts['machine']}).\n\n{table(rows)}\n"
+        )
     return 0 if good == len(rows) else 1
 
 

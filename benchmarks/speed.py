@@ -36,8 +36,14 @@ def against_clone(name: str, rounds: int) -> dict:
     for _ in range(rounds):
         ours.append(seconds(lambda: plan(model, 0.5).cut()))
         theirs.append(seconds(keras.models.clone_model, model))
-    return {"model": name, "operations": len(model.operations), "plan_and_cut_s": median(ours),
-            "clone_s": median(theirs), "ratio": median(a / b for a, b in zip(ours, theirs)), "rounds": rounds}
+    return {
+        "model": name,
+        "operations": len(model.operations),
+        "plan_and_cut_s": median(ours),
+        "clone_s": median(theirs),
+        "ratio": median(a / b for a, b in zip(ours, theirs)),
+        "rounds": rounds,
+    }
 
 
 def growth(name: str) -> dict:
@@ -49,8 +55,15 @@ def growth(name: str) -> dict:
     planning = time.perf_counter() - start
     cutting = seconds(decision.cut)
     count = len(model.operations)
-    return {"model": name, "operations": count, "walk_s": walk, "walk_and_plan_s": planning, "cut_s": cutting,
-            "total_s": planning + cutting, "ms_per_operation": 1000 * (planning + cutting) / count}
+    return {
+        "model": name,
+        "operations": count,
+        "walk_s": walk,
+        "walk_and_plan_s": planning,
+        "cut_s": cutting,
+        "total_s": planning + cutting,
+        "ms_per_operation": 1000 * (planning + cutting) / count,
+    }
 
 
 class Timer(keras.callbacks.Callback):
@@ -76,8 +89,11 @@ def step_time(kind: str, build, batch: int, rounds: int, steps: int = 12, **comp
     models = {}
     for key in ("plain", "masked"):
         models[key] = build()
-        models[key].compile(keras.optimizers.SGD(0.01, momentum=0.9),
-                            keras.losses.SparseCategoricalCrossentropy(from_logits=True), **compile_arguments)
+        models[key].compile(
+            keras.optimizers.SGD(0.01, momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            **compile_arguments,
+        )
         times[key] = []
     pruning = FilterPruning(0.5)
     for number in range(rounds + 1):
@@ -88,9 +104,17 @@ def step_time(kind: str, build, batch: int, rounds: int, steps: int = 12, **comp
             if number:  # the first round traces
                 times[key].append(median(timer.steps[1:]))
     ratios = [m / p for m, p in zip(times["masked"], times["plain"])]
-    return {"network": kind, "batch": batch, "plain_ms": 1000 * median(times["plain"]),
-            "masked_ms": 1000 * median(times["masked"]), "ratio": median(ratios), "lowest": min(ratios),
-            "highest": max(ratios), "rounds": rounds, **compile_arguments}
+    return {
+        "network": kind,
+        "batch": batch,
+        "plain_ms": 1000 * median(times["plain"]),
+        "masked_ms": 1000 * median(times["masked"]),
+        "ratio": median(ratios),
+        "lowest": min(ratios),
+        "highest": max(ratios),
+        "rounds": rounds,
+        **compile_arguments,
+    }
 
 
 def resnet20() -> keras.Model:
@@ -103,8 +127,11 @@ def main() -> int:
     parser.add_argument("--output", default=str(HERE / "results" / "speed.json"))
     parser.add_argument("--docs", default=str(HERE.parent / "docs" / "speed.md"))
     given = parser.parse_args()
-    facts = {"keras": keras.__version__, "backend": keras.backend.backend(),
-             "machine": f"{platform.machine()}, Python {platform.python_version()}"}
+    facts = {
+        "keras": keras.__version__,
+        "backend": keras.backend.backend(),
+        "machine": f"{platform.machine()}, Python {platform.python_version()}",
+    }
     facts["steps"] = [
         step_time("small_resnet 28x28x1, batch 128", lambda: small_resnet((28, 28, 1), 10), 128, given.rounds),
         step_time("small_resnet 32x32x3 (16, 32, 64, 64), batch 64", resnet20, 64, given.rounds),
@@ -124,16 +151,35 @@ def main() -> int:
 
 
 def page(facts: dict) -> str:
-    lines = ["# Speed", "", f"Written by `python benchmarks/speed.py` (Keras {facts['keras']}, {facts['backend']}, "
-             f"{facts['machine']}). Ratios are medians over rounds in turns.", "",
-             "| step with masks ÷ without | ratio | lowest | highest | ms without | rounds |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r['network']} | **{r['ratio']:.3f}** | {r['lowest']:.3f} | {r['highest']:.3f} | {r['plain_ms']:.1f} | "
-              f"{r['rounds']} |" for r in facts["steps"]]
+    lines = [
+        "# Speed",
+        "",
+        f"Written by `python benchmarks/speed.py` (Keras {facts['keras']}, {facts['backend']}, "
+        f"{facts['machine']}). Ratios are medians over rounds in turns.",
+        "",
+        "| step with masks ÷ without | ratio | lowest | highest | ms without | rounds |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['network']} | **{r['ratio']:.3f}** | {r['lowest']:.3f} | {r['highest']:.3f} | {r['plain_ms']:.1f} | "
+        f"{r['rounds']} |"
+        for r in facts["steps"]
+    ]
     lines += ["", "| walk + plan + cut ÷ clone_model | ratio | s | clone_model s |", "|---|---|---|---|"]
-    lines += [f"| {r['model']} | **{r['ratio']:.2f}** | {r['plan_and_cut_s']:.2f} | {r['clone_s']:.2f} |" for r in facts["clone"]]
-    lines += ["", "| growth | operations | walk s | walk + plan s | cut s | ms per operation |", "|---|---|---|---|---|---|"]
-    lines += [f"| {r['model']} | {r['operations']} | {r['walk_s']:.2f} | {r['walk_and_plan_s']:.2f} | {r['cut_s']:.2f} | "
-              f"{r['ms_per_operation']:.1f} |" for r in facts["growth"]]
+    lines += [
+        f"| {r['model']} | **{r['ratio']:.2f}** | {r['plan_and_cut_s']:.2f} | {r['clone_s']:.2f} |"
+        for r in facts["clone"]
+    ]
+    lines += [
+        "",
+        "| growth | operations | walk s | walk + plan s | cut s | ms per operation |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['model']} | {r['operations']} | {r['walk_s']:.2f} | {r['walk_and_plan_s']:.2f} | {r['cut_s']:.2f} | "
+        f"{r['ms_per_operation']:.1f} |"
+        for r in facts["growth"]
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,6 +1,6 @@
 """A layer of your own: without a rule it is a fence, with four lines it is cut along.
 
-    python examples/custom_layer.py [--tiny]
+python examples/custom_layer.py [--tiny]
 """
 
 import argparse

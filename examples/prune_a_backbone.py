@@ -1,6 +1,6 @@
 """A MobileNetV2 backbone inside a model of your own: look at the plan, cut, recalibrate, write the .tflite file.
 
-    python examples/prune_a_backbone.py [--tiny]
+python examples/prune_a_backbone.py [--tiny]
 """
 
 import argparse
@@ -17,8 +17,9 @@ parser.add_argument("--tiny", action="store_true", help="a small picture and a t
 given = parser.parse_args()
 
 size = 64 if given.tiny else 160
-backbone = keras.applications.MobileNetV2((size, size, 3), alpha=0.35 if given.tiny else 1.0, include_top=False,
-                                          weights=None)  # weights="imagenet" where there is a network
+backbone = keras.applications.MobileNetV2(
+    (size, size, 3), alpha=0.35 if given.tiny else 1.0, include_top=False, weights=None
+)  # weights="imagenet" where there is a network
 inputs = keras.Input((size, size, 3), name="image")
 x = backbone(layers.Rescaling(1 / 127.5, offset=-1.0)(inputs))
 x = layers.Dropout(0.2)(layers.GlobalAveragePooling2D()(x))

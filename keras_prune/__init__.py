@@ -10,13 +10,40 @@ import importlib
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Channels": "channels", "Group": "channels", "Plan": "planning", "plan": "planning", "prune": "planning",
-    "cut": "surgery", "zero": "surgery", "strip": "surgery", "dead_units": "surgery", "StripReport": "surgery",
-    "relative_difference": "surgery", "rule": "rules", "Labels": "rules", "FilterPruning": "pruners",
-    "GradualPruning": "pruners", "Pruner": "pruners", "recalibrate_batchnorm": "recalibration",
+    "Channels": "channels",
+    "Group": "channels",
+    "Plan": "planning",
+    "plan": "planning",
+    "prune": "planning",
+    "cut": "surgery",
+    "zero": "surgery",
+    "strip": "surgery",
+    "dead_units": "surgery",
+    "StripReport": "surgery",
+    "relative_difference": "surgery",
+    "rule": "rules",
+    "Labels": "rules",
+    "FilterPruning": "pruners",
+    "GradualPruning": "pruners",
+    "Pruner": "pruners",
+    "recalibrate_batchnorm": "recalibration",
 }
-_MODULES = ("budgets", "channels", "criteria", "metrics", "planning", "probes", "pruners", "recalibration", "rules",
-            "schedules", "surgery", "theory", "reports", "datasets")
+_MODULES = (
+    "budgets",
+    "channels",
+    "criteria",
+    "metrics",
+    "planning",
+    "probes",
+    "pruners",
+    "recalibration",
+    "rules",
+    "schedules",
+    "surgery",
+    "theory",
+    "reports",
+    "datasets",
+)
 
 __all__ = [*_HOMES, "__version__"]
 

@@ -116,8 +116,12 @@ class Channels:
         if changed:
             labels = self._fenced(call, "holds LoRA or quantized weights")
         elif rule is None:
-            labels = self._fenced(call, "a subclassed model has no graph to look into" if isinstance(
-                operation, keras.Model) else "no rule for this type; add one with @keras_prune.rule")
+            labels = self._fenced(
+                call,
+                "a subclassed model has no graph to look into"
+                if isinstance(operation, keras.Model)
+                else "no rule for this type; add one with @keras_prune.rule",
+            )
         elif idle and not _has_weights(operation) and type(operation).__module__.startswith("keras."):
             labels = Labels(call.frozen())
         else:
@@ -125,8 +129,10 @@ class Channels:
         out = labels.out if isinstance(labels.out, list) else [labels.out]
         for path, axes in labels.weights.items():
             self._label(call, path, axes, out)
-        for edits, new in ((self._config_edits.setdefault(id(operation), {}), labels.config),
-                           (self._argument_edits.setdefault(id(node), {}), labels.arguments)):
+        for edits, new in (
+            (self._config_edits.setdefault(id(operation), {}), labels.config),
+            (self._argument_edits.setdefault(id(node), {}), labels.arguments),
+        ):
             for key, value in new.items():
                 if isinstance(value, np.ndarray) and isinstance(edits.get(key), np.ndarray):
                     self._ledger.tie(edits[key], value)
@@ -157,12 +163,15 @@ class Channels:
                 f"The rule for {type(layer).__name__} labels {layer.name}.{path} with ids of lengths {sizes}, but the "
                 f"weight has shape {shape}. Mend the rule: one entry per axis, None or as many ids as the axis is long."
             )
-        made, given = (np.unique(np.concatenate([np.zeros(0, int), *(i.ravel() for i in ids)]))
-                       for ids in (out, call.inputs))
+        made, given = (
+            np.unique(np.concatenate([np.zeros(0, int), *(i.ravel() for i in ids)])) for ids in (out, call.inputs)
+        )
         makes = [a is not None and bool(np.isin(a[a > 0], made).any()) for a in axes]
         # Units between two weights of one layer (attention heads) are read by the weight that makes the output.
-        reads = tuple(a is not None and not m and (any(makes) or bool(np.isin(a[a > 0], given).any()))
-                      for a, m in zip(axes, makes))
+        reads = tuple(
+            a is not None and not m and (any(makes) or bool(np.isin(a[a > 0], given).any()))
+            for a, m in zip(axes, makes)
+        )
         key = id(variable)
         if key in self._raw_weights:  # the second call of a shared layer
             for known, new in zip(self._raw_weights[key][3], axes):
@@ -176,7 +185,7 @@ class Channels:
         for ids, tensor in zip(out, call.made):
             self._raw_tensors.append([ids, self._lengths(tensor), self._time, self._time])
         self._note_use(call)
-        for tensor in self._raw_tensors[len(self._raw_tensors) - len(out):]:
+        for tensor in self._raw_tensors[len(self._raw_tensors) - len(out) :]:
             self._tensor_of[id(tensor[0])] = tensor
         for path, axes in labels.weights.items():
             variable = _weight_of(call.operation, path)
@@ -207,8 +216,9 @@ class Channels:
     def _settle_fences(self) -> None:
         """Report only fences that cost something: not a softmax over the model's own outputs, frozen anyway."""
         free = self._ledger.roots()
-        self.fences: list[Fence] = list(dict.fromkeys(
-            fence for fence, ids in self._ledger.fences if not ids.size or free[ids].any()))
+        self.fences: list[Fence] = list(
+            dict.fromkeys(fence for fence, ids in self._ledger.fences if not ids.size or free[ids].any())
+        )
         for _, ids in self._ledger.fences:
             self._ledger.tie(ids, FROZEN)
 
@@ -224,8 +234,9 @@ class Channels:
         def settle(axes):
             return tuple(None if a is None or not self._root[a].any() else self._root[a] for a in axes)
 
-        self.weights = [Weight(v, layer, path, settle(axes), reads)
-                        for v, layer, path, axes, reads in self._raw_weights.values()]
+        self.weights = [
+            Weight(v, layer, path, settle(axes), reads) for v, layer, path, axes, reads in self._raw_weights.values()
+        ]
         self.terms = [Term(settle(axes), sizes, factor) for axes, sizes, factor in self._raw_terms]
         self.tensors = [Tensor(self._root[ids], shape, made, used) for ids, shape, made, used in self._raw_tensors]
         self.unit_count = len(roots)
@@ -250,8 +261,9 @@ class Channels:
         units_of = [[] for _ in order]
         for unit, place in enumerate(inverse):
             units_of[place].append(unit)
-        drafts = sorted((first[k], np.array(units)) for k, units in enumerate(units_of)
-                        if order[k] != 0 and len(units) > 1)
+        drafts = sorted(
+            (first[k], np.array(units)) for k, units in enumerate(units_of) if order[k] != 0 and len(units) > 1
+        )
         members: list[list[Member]] = [[] for _ in drafts]
         group_of = np.full(self.unit_count, -1)
         for k, (_, units) in enumerate(drafts):

@@ -28,20 +28,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="keras-prune", description="Make Keras models smaller: the same network with fewer channels.")
+        prog="keras-prune", description="Make Keras models smaller: the same network with fewer channels."
+    )
     commands = parser.add_subparsers(title="commands", metavar="")
 
     def command(name, run, text, example):
-        sub = commands.add_parser(name, help=text, description=text, epilog=f"example: {example}",
-                                  formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+        sub = commands.add_parser(
+            name,
+            help=text,
+            description=text,
+            epilog=f"example: {example}",
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        )
         sub.set_defaults(run=run)
         return sub
 
-    demo = command("demo", _demo, "train, prune, strip, export and compare on real images; no network needed",
-                   "keras-prune demo --sparsity 0.6")
+    demo = command(
+        "demo",
+        _demo,
+        "train, prune, strip, export and compare on real images; no network needed",
+        "keras-prune demo --sparsity 0.6",
+    )
     demo.add_argument("--output", default="demo_output", help="folder for all files")
-    demo.add_argument("--dataset", default="fashion_mnist_subset", help="the set inside the package, NAME.npz in "
-                      "--data-dir, or a tensorflow_datasets name such as cifar10")
+    demo.add_argument(
+        "--dataset",
+        default="fashion_mnist_subset",
+        help="the set inside the package, NAME.npz in --data-dir, or a tensorflow_datasets name such as cifar10",
+    )
     demo.add_argument("--data-dir", help="folder with data; else the environment variable KERAS_PRUNE_DATA")
     demo.add_argument("--epochs", type=int, default=8, help="of the unpruned and of the pruned network alike")
     demo.add_argument("--tune-epochs", type=int, default=3, help="how many of them come after the strip")
@@ -50,16 +63,33 @@ def _parser() -> argparse.ArgumentParser:
     _sentence(demo, measure=False)
     demo.set_defaults(budget="uniform")
 
-    inspect = command("inspect", _inspect, "groups of channels, cost, and fences of a model",
-                      "keras-prune inspect model.keras")
-    plan = command("plan", _plan, "print what a pruning would remove, without doing it",
-                   "keras-prune plan model.keras --sparsity 0.5 --criterion fpgm")
-    prune = command("prune", _prune, "plan and cut: write the smaller model",
-                    "keras-prune prune model.keras small.keras --sparsity 0.5")
-    strip = command("strip", _strip, "cut what is zero already and prove the outputs equal",
-                    "keras-prune strip pruned.keras small.keras")
-    compare = command("compare", _compare, "params, MACs, memory and widths of two models",
-                      "keras-prune compare model.keras small.keras")
+    inspect = command(
+        "inspect", _inspect, "groups of channels, cost, and fences of a model", "keras-prune inspect model.keras"
+    )
+    plan = command(
+        "plan",
+        _plan,
+        "print what a pruning would remove, without doing it",
+        "keras-prune plan model.keras --sparsity 0.5 --criterion fpgm",
+    )
+    prune = command(
+        "prune",
+        _prune,
+        "plan and cut: write the smaller model",
+        "keras-prune prune model.keras small.keras --sparsity 0.5",
+    )
+    strip = command(
+        "strip",
+        _strip,
+        "cut what is zero already and prove the outputs equal",
+        "keras-prune strip pruned.keras small.keras",
+    )
+    compare = command(
+        "compare",
+        _compare,
+        "params, MACs, memory and widths of two models",
+        "keras-prune compare model.keras small.keras",
+    )
     for sub in (inspect, plan, prune, strip, compare):
         sub.add_argument("model", help="a .keras or .h5 file")
         sub.add_argument("--unsafe", action="store_true", help="run code stored in the file (Lambda layers)")
@@ -68,8 +98,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("other", help="the second .keras or .h5 file")
     for sub in (plan, prune):
         _sentence(sub)
-        sub.add_argument("--protect", nargs="*", default=[], help="layers, or patterns such as 'head_*', that keep "
-                         "their width")
+        sub.add_argument(
+            "--protect", nargs="*", default=[], help="layers, or patterns such as 'head_*', that keep their width"
+        )
         sub.add_argument("--seed", type=int, help="for --criterion random")
     for sub in (demo, inspect, plan, prune, strip, compare):
         sub.add_argument("--json", action="store_true", help="print JSON instead of text")
@@ -99,18 +130,25 @@ def load_model(path: str, unsafe: bool = False):
         text = str(error)
         first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
         if "safe_mode" in text or "unsafe" in text.lower() or "lambda" in text.lower():
-            raise ValueError(f"{path} holds code (a Lambda layer), which is not run: it could do anything. If you trust "
-                             "the file, add --unsafe.") from error
+            raise ValueError(
+                f"{path} holds code (a Lambda layer), which is not run: it could do anything. If you trust "
+                "the file, add --unsafe."
+            ) from error
         custom = re.search(r"(?:could not locate (?:class|function)|unknown \w+:) '?(\w+)", text, re.IGNORECASE)
         if custom:
-            raise ValueError(f"{path} needs the custom object {custom[1]!r}, which this program does not have. Load it in a "
-                             "Python script with keras.saving.load_model(..., custom_objects=...) and call "
-                             "keras_prune.prune there.") from error
+            raise ValueError(
+                f"{path} needs the custom object {custom[1]!r}, which this program does not have. Load it in a "
+                "Python script with keras.saving.load_model(..., custom_objects=...) and call "
+                "keras_prune.prune there."
+            ) from error
         if "deserializ" in text:
-            raise ValueError(f"{path} is not understood by this version of Keras: {first} Rebuild the network in Keras 3, "
-                             "load the weights with model.load_weights, and save it as .keras.") from error
-        raise ValueError(f"{path} could not be read, it is cut off or no Keras file: {type(error).__name__}: "
-                         f"{first}") from error
+            raise ValueError(
+                f"{path} is not understood by this version of Keras: {first} Rebuild the network in Keras 3, "
+                "load the weights with model.load_weights, and save it as .keras."
+            ) from error
+        raise ValueError(
+            f"{path} could not be read, it is cut off or no Keras file: {type(error).__name__}: {first}"
+        ) from error
 
 
 def save_model(model, path: str) -> None:
@@ -140,14 +178,26 @@ def _demo(given) -> int:
 
     say = (lambda text: print(text, file=sys.stderr)) if given.json else print
     figures = demo.run(
-        given.output, dataset=given.dataset, data_dir=given.data_dir, sparsity=given.sparsity,
-        criterion=given.criterion, budget=given.budget, round_to=given.round_to, epochs=given.epochs,
-        tune_epochs=given.tune_epochs, seed=given.seed, fraction=given.fraction, say=say)
+        given.output,
+        dataset=given.dataset,
+        data_dir=given.data_dir,
+        sparsity=given.sparsity,
+        criterion=given.criterion,
+        budget=given.budget,
+        round_to=given.round_to,
+        epochs=given.epochs,
+        tune_epochs=given.tune_epochs,
+        seed=given.seed,
+        fraction=given.fraction,
+        say=say,
+    )
     if given.json:
         print(json.dumps(figures, indent=1))
     else:
-        print(f"{figures['seconds']:.0f} s; files in {given.output}: dense.keras, small.keras, four .tflite files, "
-              "demo.json, widths.png")
+        print(
+            f"{figures['seconds']:.0f} s; files in {given.output}: dense.keras, small.keras, four .tflite files, "
+            "demo.json, widths.png"
+        )
     return 0
 
 
@@ -158,8 +208,18 @@ def _inspect(given) -> int:
     totals = {name: measure(channels, ()) for name, measure in metrics.MEASURES.items()}
     groups = [{"layers": g.name, "units": len(g), "channels": len(g) * g.slices} for g in channels.groups]
     if given.json:
-        print(json.dumps({"model": channels.model.name, "totals": totals, "groups": groups,
-                          "fences": [vars(f) for f in channels.fences], "uncounted": channels.uncounted}, indent=1))
+        print(
+            json.dumps(
+                {
+                    "model": channels.model.name,
+                    "totals": totals,
+                    "groups": groups,
+                    "fences": [vars(f) for f in channels.fences],
+                    "uncounted": channels.uncounted,
+                },
+                indent=1,
+            )
+        )
         return 0
     print(f"{channels.model.name}: " + ", ".join(f"{n:,} {name}" for name, n in totals.items()))
     for group in groups:
@@ -172,8 +232,16 @@ def _inspect(given) -> int:
 def _planned(given):
     from keras_prune import plan
 
-    return plan(load_model(given.model, given.unsafe), given.sparsity, measure=given.measure, criterion=given.criterion,
-                budget=given.budget, round_to=given.round_to, protect=given.protect, seed=given.seed)
+    return plan(
+        load_model(given.model, given.unsafe),
+        given.sparsity,
+        measure=given.measure,
+        criterion=given.criterion,
+        budget=given.budget,
+        round_to=given.round_to,
+        protect=given.protect,
+        seed=given.seed,
+    )
 
 
 def _plan(given) -> int:
@@ -190,8 +258,11 @@ def _prune(given) -> int:
     small = plan.cut()
     difference = relative_difference(plan.zero(), small, model_inputs(small))
     if not difference <= 1e-4:
-        print(f"keras-prune: the outputs of the cut and the zeroed model differ by {difference:.1e} relative; nothing was "
-              "written.", file=sys.stderr)
+        print(
+            f"keras-prune: outputs of the cut and the zeroed model differ by {difference:.1e} relative; nothing was "
+            "written.",
+            file=sys.stderr,
+        )
         return 1
     save_model(small, given.output)
     if given.json:
@@ -216,8 +287,10 @@ def _compare(given) -> int:
 
     before, after = (load_model(path, given.unsafe) for path in (given.model, given.other))
     if given.json:
-        totals = {path: {name: measure(Channels(model), ()) for name, measure in metrics.MEASURES.items()}
-                  for path, model in ((given.model, before), (given.other, after))}
+        totals = {
+            path: {name: measure(Channels(model), ()) for name, measure in metrics.MEASURES.items()}
+            for path, model in ((given.model, before), (given.other, after))
+        }
         print(json.dumps(totals, indent=1))
     else:
         print(reports.compare(before, after))

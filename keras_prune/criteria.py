@@ -56,7 +56,7 @@ def fpgm(rows: Rows) -> Scores:
     # of the difference, in blocks of features because VGG's first Dense layer has 25,088 of them.
     gram = np.zeros((len(rows), len(rows)))
     for start in range(0, rows.shape[1], 4096):
-        block = rows[:, start: start + 4096].astype(np.float64)
+        block = rows[:, start : start + 4096].astype(np.float64)
         gram += block @ block.T
     squares = np.diag(gram)
     distances = np.sqrt(np.maximum(squares[:, None] + squares[None] - 2 * gram, 0))
@@ -78,7 +78,12 @@ def taylor(rows: Rows) -> Scores:
 
 
 CRITERIA: dict[str, Criterion | None] = {
-    "l1": l1, "l2": l2, "linf": linf, "fpgm": fpgm, "bn_scale": bn_scale, "taylor": taylor,
+    "l1": l1,
+    "l2": l2,
+    "linf": linf,
+    "fpgm": fpgm,
+    "bn_scale": bn_scale,
+    "taylor": taylor,
     "random": None,  # needs a generator: see `get`
 }
 
@@ -102,8 +107,10 @@ def get(criterion: str | Criterion, seed: int | None = None) -> Criterion:
     if callable(criterion):
         return criterion
     if criterion not in CRITERIA:
-        raise ValueError(f"criterion={criterion!r} is not known. Known: {', '.join(sorted(CRITERIA))}. "
-                         "Or pass a function (units, features) -> (units,).")
+        raise ValueError(
+            f"criterion={criterion!r} is not known. Known: {', '.join(sorted(CRITERIA))}. "
+            "Or pass a function (units, features) -> (units,)."
+        )
     if criterion == "random":
         rng = np.random.default_rng(seed)
         return lambda rows: rng.uniform(0.0, 1.0, len(rows))

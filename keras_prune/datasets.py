@@ -86,8 +86,10 @@ def _unpacked(path: Path) -> dict[str, np.ndarray]:
         strips = sorted(key for key in content if key.startswith(f"{split}_"))
         decoded = [np.asarray(Image.open(io.BytesIO(content[key].tobytes())).convert("RGB")) for key in strips]
         if not decoded:
-            raise ValueError(f"{path} holds neither x_{split} nor strips named {split}_0, ...; found: "
-                             f"{', '.join(sorted(content))[:200]}.")
+            raise ValueError(
+                f"{path} holds neither x_{split} nor strips named {split}_0, ...; found: "
+                f"{', '.join(sorted(content))[:200]}."
+            )
         side = decoded[0].shape[1]
         content[f"x_{split}"] = np.concatenate([d.reshape(-1, side, side, 3) for d in decoded])
     return content
@@ -100,19 +102,25 @@ def _images(name: str, content: dict, source: str) -> Images:
     x_train, x_test = (x[..., None] if x.ndim == 3 else x for x in (content["x_train"], content["x_test"]))
     y_train, y_test = (content[k].reshape(-1).astype(np.int64) for k in ("y_train", "y_test"))
     if x_train.ndim != 4 or len(x_train) != len(y_train) or len(x_test) != len(y_test) or not len(x_test):
-        raise ValueError(f"{source}: x_train {x_train.shape}, y_train {y_train.shape}, x_test {x_test.shape}, y_test "
-                         f"{y_test.shape}; expected images (samples, height, width, channels) and one label each.")
+        raise ValueError(
+            f"{source}: x_train {x_train.shape}, y_train {y_train.shape}, x_test {x_test.shape}, y_test "
+            f"{y_test.shape}; expected images (samples, height, width, channels) and one label each."
+        )
     return Images(name, x_train, y_train, x_test, y_test, source)
 
 
 def _from_tfds(name: str, data_dir: str | None, say) -> Images:
-    advice = (f"Put {name}.npz (x_train, y_train, x_test, y_test) or a prepared tensorflow_datasets folder somewhere and "
-              "pass --data-dir, or use the set that ships inside: --dataset fashion_mnist_subset.")
+    advice = (
+        f"Put {name}.npz (x_train, y_train, x_test, y_test) or a prepared tensorflow_datasets folder somewhere and "
+        "pass --data-dir, or use the set that ships inside: --dataset fashion_mnist_subset."
+    )
     try:
         import tensorflow_datasets as tfds
     except ImportError:
-        raise ValueError(f"Dataset {name!r} was not found in {data_dir or 'any --data-dir'}, and tensorflow_datasets is "
-                         f"not installed (pip install 'keras_prune[data]'). {advice}") from None
+        raise ValueError(
+            f"Dataset {name!r} was not found in {data_dir or 'any --data-dir'}, and tensorflow_datasets is "
+            f"not installed (pip install 'keras_prune[data]'). {advice}"
+        ) from None
     if name not in tfds.list_builders():
         raise ValueError(f"Dataset {name!r} is not known to tensorflow_datasets. {advice}")
     arguments = dict(batch_size=-1, as_supervised=True, data_dir=data_dir)
@@ -120,8 +128,10 @@ def _from_tfds(name: str, data_dir: str | None, say) -> Images:
         train, test = tfds.load(name, split=["train", "test"], download=False, **arguments)
     except AssertionError:  # tfds's way to say that nothing is prepared there
         size = tfds.builder(name, data_dir=data_dir).info.download_size
-        say(f"{name} is not in {data_dir or '~/tensorflow_datasets'}: downloading {size} with tensorflow_datasets. "
-            "A local copy is used with --data-dir.")
+        say(
+            f"{name} is not in {data_dir or '~/tensorflow_datasets'}: downloading {size} with tensorflow_datasets. "
+            "A local copy is used with --data-dir."
+        )
         _require_network(name, advice)
         try:
             train, test = tfds.load(name, split=["train", "test"], download=True, **arguments)

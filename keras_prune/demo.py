@@ -105,15 +105,20 @@ def run(
     start = time.perf_counter()
     images = datasets.load(dataset, data_dir, say).part(fraction)
     say(f"{images.name}: {len(images.x_train):,} + {len(images.x_test):,} real images, {images.source}")
-    dense, small, stripped = _train(images, sparsity, criterion, budget, round_to, epochs, tune_epochs, batch_size,
-                                    seed, say)
+    dense, small, stripped = _train(
+        images, sparsity, criterion, budget, round_to, epochs, tune_epochs, batch_size, seed, say
+    )
     dense.save(folder / "dense.keras")
     small.save(folder / "small.keras")
     say(f"strip: {stripped}")
     plot_widths(dense, small, folder / "widths.png")
     figures = {
-        "dataset": images.name, "source": images.source, "train_images": len(images.x_train),
-        "test_images": len(images.x_test), "epochs": epochs, "asked_sparsity": sparsity,
+        "dataset": images.name,
+        "source": images.source,
+        "train_images": len(images.x_train),
+        "test_images": len(images.x_test),
+        "epochs": epochs,
+        "asked_sparsity": sparsity,
         "strip": json.loads(stripped.to_json()),
         "versions": {"python": platform.python_version(), "keras": keras.__version__},
         "networks": {"dense": _network(dense, images), "small": _network(small, images)},
@@ -137,22 +142,28 @@ def _train(images, sparsity, criterion, budget, round_to, epochs, tune_epochs, b
         rate = keras.optimizers.schedules.CosineDecay(0.0, epochs * steps, warmup_target=0.1, warmup_steps=steps)
         model.compile(
             keras.optimizers.SGD(rate, momentum=0.9, nesterov=True, weight_decay=5e-4),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"])
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
         return model
 
     x, y = images.x_train.astype("float32"), images.y_train
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
+
         def fit(model, title, callbacks=(), first=0, last=epochs):
             bar = ProgressBar(progress, title)
             bar.first_epoch = first
-            model.fit(x, y, batch_size=batch_size, initial_epoch=first, epochs=last, verbose=0, callbacks=[*callbacks, bar])
+            model.fit(
+                x, y, batch_size=batch_size, initial_epoch=first, epochs=last, verbose=0, callbacks=[*callbacks, bar]
+            )
 
         dense = fresh()
         fit(dense, "train unpruned")
         model = fresh()
-        pruning = GradualPruning(sparsity, begin=1, stop=max(1, epochs // 2), criterion=criterion, budget=budget,
-                                 round_to=round_to)
+        pruning = GradualPruning(
+            sparsity, begin=1, stop=max(1, epochs // 2), criterion=criterion, budget=budget, round_to=round_to
+        )
         fit(model, "train and prune", [pruning], last=epochs - tune_epochs)
         # The small model goes on with the same optimizer: its momenta are sliced along, its rate continues.
         small, report = strip(model, x[:8], report=True)
@@ -176,8 +187,11 @@ def _export(dense, small, images, folder, say) -> dict:
             say(f"export {name}, {recipe}")
             path = folder / f"{name}_{recipe}.tflite"
             report = tflite_export.export(model, str(path), recipe, data=calibration, runs=0)
-            files[f"{name}_{recipe}"] = {"report": json.loads(report.to_json()), "bytes": os.path.getsize(path),
-                                         "accuracy": _accuracy(path, images)}
+            files[f"{name}_{recipe}"] = {
+                "report": json.loads(report.to_json()),
+                "bytes": os.path.getsize(path),
+                "accuracy": _accuracy(path, images),
+            }
     for recipe in ("float32", "int8"):
         say(f"time both {recipe} files in turns")
         times = tflite_export.benchmark(str(folder / f"dense_{recipe}.tflite"), str(folder / f"small_{recipe}.tflite"))
@@ -189,17 +203,24 @@ def table(figures: dict) -> str:
     """The figures before and after, as text."""
     dense, small = figures["networks"]["dense"], figures["networks"]["small"]
     files = figures["files"]
-    rows = [("accuracy, Keras", dense["accuracy"], small["accuracy"], "percent"),
-            ("params", dense["params"], small["params"], "count"), ("MACs", dense["macs"], small["macs"], "count")]
+    rows = [
+        ("accuracy, Keras", dense["accuracy"], small["accuracy"], "percent"),
+        ("params", dense["params"], small["params"], "count"),
+        ("MACs", dense["macs"], small["macs"], "count"),
+    ]
     for recipe in ("float32", "int8"):
         before, after, times = (files[f"{key}_{recipe}"] for key in ("dense", "small", "times"))
-        rows += [(f"accuracy, {recipe} .tflite", before["accuracy"], after["accuracy"], "percent"),
-                 (f"KiB, {recipe} .tflite", before["bytes"] / 1024, after["bytes"] / 1024, "size"),
-                 (f"ms, {recipe} .tflite", times["a"]["median"], times["b"]["median"], "time")]
+        rows += [
+            (f"accuracy, {recipe} .tflite", before["accuracy"], after["accuracy"], "percent"),
+            (f"KiB, {recipe} .tflite", before["bytes"] / 1024, after["bytes"] / 1024, "size"),
+            (f"ms, {recipe} .tflite", times["a"]["median"], times["b"]["median"], "time"),
+        ]
     timer = files["times_float32"]["a"]
-    return (before_after(rows) + f"\n\nms: median of {files['times_float32']['rounds']} rounds in turns, batch 1, "
-            f"{timer['threads']} thread, {timer['runtime']}, {timer['cpu']}; Keras {figures['versions']['keras']}, "
-            f"Python {figures['versions']['python']}")
+    return (
+        before_after(rows) + f"\n\nms: median of {files['times_float32']['rounds']} rounds in turns, batch 1, "
+        f"{timer['threads']} thread, {timer['runtime']}, {timer['cpu']}; Keras {figures['versions']['keras']}, "
+        f"Python {figures['versions']['python']}"
+    )
 
 
 def _accuracy(path, images) -> float:

@@ -76,9 +76,15 @@ class Plan:
     def to_json(self) -> str:
         """All of it but the ids, as JSON."""
         content = {
-            "model": self.channels.model.name, "sentence": self.sentence, "asked": self.asked, "reached": self.reached,
-            "largest": self.largest, "totals": {k: {"before": b, "after": a} for k, (b, a) in self.totals.items()},
-            "groups": [vars(g) for g in self.groups], "fences": [vars(f) for f in self.fences], "notes": self.notes,
+            "model": self.channels.model.name,
+            "sentence": self.sentence,
+            "asked": self.asked,
+            "reached": self.reached,
+            "largest": self.largest,
+            "totals": {k: {"before": b, "after": a} for k, (b, a) in self.totals.items()},
+            "groups": [vars(g) for g in self.groups],
+            "fences": [vars(f) for f in self.fences],
+            "notes": self.notes,
         }
         return json.dumps(content, indent=1)
 
@@ -89,12 +95,18 @@ class Plan:
         lines.append(f"  {'layers':<{wide}}  width           scores")
         for name, g in zip(names, self.groups):
             width = f"{g.before} -> {g.after}" if g.after != g.before else f"{g.before}"
-            score = "" if g.highest_removed is None else f"removed up to {g.highest_removed:.3g}, kept from {g.lowest_kept:.3g}"
+            score = (
+                ""
+                if g.highest_removed is None
+                else f"removed up to {g.highest_removed:.3g}, kept from {g.lowest_kept:.3g}"
+            )
             lines.append(f"  {name:<{wide}}  {width:<14}  {g.note or score}".rstrip())
         lines.append("")
         for key, (before, after) in self.totals.items():
             gone = 1 - after / before if before else 0.0
-            lines.append(f"  {_TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed")
+            lines.append(
+                f"  {_TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed"
+            )
         lines.append(f"  asked {self.asked:.1%}, reached {self.reached:.1%}, largest possible {self.largest:.1%}")
         for fence in self.fences[:20]:
             lines.append(f"  fence: {fence}")
@@ -163,8 +175,10 @@ def plan(
     channels = model if isinstance(model, Channels) else Channels(model)
     check_finite(channels.model)
     if not channels.groups:
-        raise ValueError("This model has nothing to prune: " + (
-            "; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs."))
+        raise ValueError(
+            "This model has nothing to prune: "
+            + ("; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs.")
+        )
     notes: list[str] = []
     reasons = _protected(channels, protect)
     alive = channels.alive(already)
@@ -180,17 +194,25 @@ def plan(
     if channels.uncounted:
         notes.append(f"MACs of {', '.join(channels.uncounted[:5])} are not counted: no rule for their types")
     if channels.has_unknown_lengths:
-        notes.append(f"input axes without a fixed length were counted as {channels.assumed_length}; "
-                     "Channels(model, assumed_length=...) sets another")
+        notes.append(
+            f"input axes without a fixed length were counted as {channels.assumed_length}; "
+            "Channels(model, assumed_length=...) sets another"
+        )
     totals = {name: (m(channels, ()), m(channels, removed)) for name, m in _totals(measure).items()}
     name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
     by = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "criterion")
     how = budget if isinstance(budget, str) else getattr(budget, "__name__", "budget")
     return Plan(
         sentence=f"remove {sparsity:.0%} of the {name}, by {by}, {how} budget, widths in multiples of {round_to}",
-        asked=float(sparsity), reached=reached, largest=largest,
+        asked=float(sparsity),
+        reached=reached,
+        largest=largest,
         groups=tuple(_group_plan(g, removed, scores.get(g.index), reasons.get(g.index, "")) for g in channels.groups),
-        totals=totals, fences=tuple(channels.fences), notes=tuple(notes), removed=removed, channels=channels,
+        totals=totals,
+        fences=tuple(channels.fences),
+        notes=tuple(notes),
+        removed=removed,
+        channels=channels,
     )
 
 
@@ -209,8 +231,11 @@ def _totals(measure) -> dict[str, metrics.Measure]:
 def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
     leaves = np.isin(group.units, removed)
     layers = tuple(dict.fromkeys(m.weight.layer.name for m in group.producers)) or ("(constant channels)",)
-    kept, gone = (None, None) if scores is None or not leaves.any() else (
-        float(scores[~leaves].min()), float(scores[leaves].max()))
+    kept, gone = (
+        (None, None)
+        if scores is None or not leaves.any()
+        else (float(scores[~leaves].min()), float(scores[leaves].max()))
+    )
     return GroupPlan(layers, len(group) * group.slices, int((~leaves).sum()) * group.slices, kept, gone, note)
 
 
@@ -224,8 +249,10 @@ def _protected(channels: Channels, protect) -> dict[int, str]:
         if not isinstance(item, (str, keras.layers.Layer)):
             raise TypeError(f"protect holds {item!r}; expected layers, layer names or patterns such as 'head_*'.")
         if isinstance(item, str) and not fnmatch.filter(names, item):
-            raise ValueError(f"protect={item!r} fits no layer with weights. Layers: {', '.join(sorted(names)[:20])}"
-                             f"{', ...' if len(names) > 20 else ''}")
+            raise ValueError(
+                f"protect={item!r} fits no layer with weights. Layers: {', '.join(sorted(names)[:20])}"
+                f"{', ...' if len(names) > 20 else ''}"
+            )
         for group in channels.groups:
             for member in group.members:
                 layer = member.weight.layer
@@ -247,10 +274,14 @@ def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> d
             continue
         here = alive[group.units]
         scores[group.index] = np.full(len(group), -np.inf)
-        scores[group.index][here] = np.mean([_normalised(function(rows[here]), group, int(here.sum())) for rows in blocks], axis=0)
+        scores[group.index][here] = np.mean(
+            [_normalised(function(rows[here]), group, int(here.sum())) for rows in blocks], axis=0
+        )
     if not scores and len(reasons) == len(channels.groups) and name in criteria.SCALES:
-        raise ValueError("criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
-                         "Use criterion='l2'.")
+        raise ValueError(
+            "criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
+            "Use criterion='l2'."
+        )
     return scores
 
 
@@ -270,8 +301,9 @@ def _normalised(scores, group: Group, n: int) -> np.ndarray:
     """Scores divided by their mean, so that groups and producers of different scale can be compared."""
     scores = np.asarray(scores, np.float64)
     if scores.shape != (n,):
-        raise ValueError(f"The criterion returned shape {scores.shape} for group {group.name}; expected ({n},): one "
-                         "score per unit.")
+        raise ValueError(
+            f"The criterion returned shape {scores.shape} for group {group.name}; expected ({n},): one score per unit."
+        )
     if not np.isfinite(scores).all():
         raise ValueError(f"The criterion returned NaN or infinite scores for group {group.name}.")
     mean = np.abs(scores).mean()
@@ -366,6 +398,10 @@ class _Choice:
             why = f"every group is at its least width (multiples of {self.round_to}, never empty)"
             if small:
                 why += f"; {len(small)} groups are no wider than one step and stay whole: {', '.join(small[:3])}"
-            return [f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"]
-        return [f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "
-                "closer"]
+            return [
+                f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"
+            ]
+        return [
+            f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "
+            "closer"
+        ]

@@ -41,9 +41,11 @@ def batches(data, batch_size: int = 32) -> Iterator[tuple]:
     if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
         x, y = data
         if len(x) != len(y) or len(x) == 0:
-            raise ValueError(f"data=(x, y) has {len(x)} samples and {len(y)} labels; expected the same number, above 0.")
+            raise ValueError(
+                f"data=(x, y) has {len(x)} samples and {len(y)} labels; expected the same number, above 0."
+            )
         for start in range(0, len(x), batch_size):
-            yield x[start: start + batch_size], y[start: start + batch_size]
+            yield x[start : start + batch_size], y[start : start + batch_size]
         return
     if not isinstance(data, Iterable) or hasattr(data, "shape"):
         raise ValueError("This criterion needs labelled data: data=(x, y), or an iterable of (x, y) batches.")
@@ -67,8 +69,10 @@ def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> li
     model = channels.model
     loss = getattr(model, "loss", None) if model.compiled else None
     if loss is None:
-        raise ValueError(f"criterion 'taylor' needs a loss, but model {model.name!r} is not compiled: call "
-                         "model.compile(loss=...) first.")
+        raise ValueError(
+            f"criterion 'taylor' needs a loss, but model {model.name!r} is not compiled: call "
+            "model.compile(loss=...) first."
+        )
     copy, twin = copied(channels)
     recorder = _Recorder()
     copy.compile(optimizer=recorder, loss=loss)
@@ -78,11 +82,14 @@ def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> li
         if number >= max_batches:
             break
         copy.train_on_batch(*batch)
-        shadows.append({
-            id(w.variable): keras.ops.convert_to_numpy(w.variable) * keras.ops.convert_to_numpy(
-                recorder.gradients[recorder._get_variable_index(twin[id(w.variable)])])
-            for w in channels.weights if id(twin[id(w.variable)]) in trainable
-        })
+        shadows.append(
+            {
+                id(w.variable): keras.ops.convert_to_numpy(w.variable)
+                * keras.ops.convert_to_numpy(recorder.gradients[recorder._get_variable_index(twin[id(w.variable)])])
+                for w in channels.weights
+                if id(twin[id(w.variable)]) in trainable
+            }
+        )
     if not shadows:
         raise ValueError("data holds no batch.")
     return shadows

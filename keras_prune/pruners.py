@@ -123,8 +123,11 @@ class Pruner(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         """Averaged or restored weights may have brought small values back: the held zeros are written once more."""
-        held = [(w.variable, w.variable.constraint.mask) for w in self.channels.weights
-                if isinstance(w.variable.constraint, KeepZeros)]
+        held = [
+            (w.variable, w.variable.constraint.mask)
+            for w in self.channels.weights
+            if isinstance(w.variable.constraint, KeepZeros)
+        ]
         for variable, mask in held:
             _multiply(variable, keras.ops.convert_to_numpy(mask))
 
@@ -133,8 +136,12 @@ class Pruner(keras.callbacks.Callback):
     def _prune_if_due(self, step: int) -> None:
         """Due: the first step, each multiple of `every` that was reached or passed, and the last value's step."""
         last, end = self._last_step, self.ends_at()
-        due = (last is None or step // self.every > last // self.every
-               or (end is not None and last < end <= step) or (self.holds(step) and not self.holds(last)))
+        due = (
+            last is None
+            or step // self.every > last // self.every
+            or (end is not None and last < end <= step)
+            or (self.holds(step) and not self.holds(last))
+        )
         if due:
             self._last_step = step
             self.prune(step)
@@ -213,8 +220,15 @@ class FilterPruning(Pruner):
         self.schedule = schedules.get(sparsity)
         self.soft = soft
         metrics.get(measure), budgets.get(budget), criteria.get(criterion)  # unknown names fail now, not in fit
-        self.arguments = dict(measure=measure, criterion=criterion, budget=budget, round_to=round_to, protect=protect,
-                              data=data, seed=seed)
+        self.arguments = dict(
+            measure=measure,
+            criterion=criterion,
+            budget=budget,
+            round_to=round_to,
+            protect=protect,
+            data=data,
+            seed=seed,
+        )
         self.removed: Ids = np.zeros(0, int)
 
     def begin(self) -> None:
@@ -224,7 +238,8 @@ class FilterPruning(Pruner):
             warnings.warn(
                 f"{type(self).__name__}: the schedule reaches its last value at {self.unit} {end}, but training ends "
                 f"after {total} {self.unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
-                stacklevel=2)
+                stacklevel=2,
+            )
 
     def _total_steps(self) -> int | None:
         epochs, steps = self.params.get("epochs"), self.params.get("steps")
@@ -248,8 +263,9 @@ class FilterPruning(Pruner):
         if target > 0:
             already = self.removed if not self.soft else ()
             self.removed = plan(self.channels, target, already=already, **self.arguments).removed
-        return [(weight.variable, mask)
-                for weight, mask in zero_masks(self.channels, self.removed, producers_only=not hard)]
+        return [
+            (weight.variable, mask) for weight, mask in zero_masks(self.channels, self.removed, producers_only=not hard)
+        ]
 
     def on_train_end(self, logs=None):
         if self.soft and self._last_step is not None and not self.holds(self._last_step):
@@ -278,7 +294,9 @@ class GradualPruning(FilterPruning):
         arguments: as for FilterPruning.
     """
 
-    def __init__(self, sparsity: float = 0.5, *, begin: int = 0, stop: int | None = None, power: float = 3, **arguments):
+    def __init__(
+        self, sparsity: float = 0.5, *, begin: int = 0, stop: int | None = None, power: float = 3, **arguments
+    ):
         self.ramp = dict(end=schedules.check_sparsity(sparsity, "GradualPruning"), begin=begin, stop=stop, power=power)
         super().__init__(self._schedule(stop if stop is not None else begin), **arguments)
 
@@ -290,7 +308,9 @@ class GradualPruning(FilterPruning):
         if self.ramp["stop"] is None:
             total = self._total_steps()
             if total is None:
-                raise ValueError("GradualPruning counts batches, but fit does not know how many an epoch has; pass "
-                                 "stop=, or steps_per_epoch= to fit.")
+                raise ValueError(
+                    "GradualPruning counts batches, but fit does not know how many an epoch has; pass "
+                    "stop=, or steps_per_epoch= to fit."
+                )
             self.schedule = self._schedule(max(self.ramp["begin"], int(0.6 * total)))
         super().begin()

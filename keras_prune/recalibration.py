@@ -27,8 +27,9 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
     Raises:
         ValueError: data is empty.
     """
-    norms = [layer for layer in layers_of(model)
-             if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable]
+    norms = [
+        layer for layer in layers_of(model) if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
     if not norms:
         return 0
     momenta = [layer.momentum for layer in norms]
@@ -53,7 +54,7 @@ def _batches(data, batch_size: int):
     arrays = keras.tree.flatten(data) if isinstance(data, (np.ndarray, dict, list)) or hasattr(data, "shape") else []
     if arrays and all(hasattr(a, "shape") for a in arrays):
         for start in range(0, len(arrays[0]), batch_size):
-            yield keras.tree.map_structure(lambda a, s=start: a[s: s + batch_size], data)
+            yield keras.tree.map_structure(lambda a, s=start: a[s : s + batch_size], data)
         return
     for batch in data:
         yield batch[0] if isinstance(batch, tuple) else batch

@@ -20,8 +20,11 @@ def before_after(rows: Iterable[tuple[str, float, float, str]]) -> str:
     """
     lines = [("", "before", "after", "")]
     for what, before, after, kind in rows:
-        change = f"{100 * (after - before):+.2f} points" if kind == "percent" else (
-            f"x {after / before:.2f}" if before else "")
+        change = (
+            f"{100 * (after - before):+.2f} points"
+            if kind == "percent"
+            else (f"x {after / before:.2f}" if before else "")
+        )
         lines.append((what, _FORMATS[kind].format(before), _FORMATS[kind].format(after), change))
     wide = [max(len(line[k]) for line in lines) for k in range(4)]
     return "\n".join(f"{a:<{wide[0]}}  {b:>{wide[1]}}  {c:>{wide[2]}}  {d:>{wide[3]}}".rstrip() for a, b, c, d in lines)
@@ -40,8 +43,10 @@ def layer_widths(model: keras.Model) -> dict[str, int]:
 def compare(before: keras.Model, after: keras.Model) -> str:
     """Params, MACs, activation bytes, and the widths that differ."""
     a, b = Channels(before), Channels(after)
-    rows = [(name, measure(a, ()), measure(b, ()), "count")
-            for name, measure in (("params", metrics.params), ("MACs", metrics.macs), ("activation bytes", metrics.memory))]
+    rows = [
+        (name, measure(a, ()), measure(b, ()), "count")
+        for name, measure in (("params", metrics.params), ("MACs", metrics.macs), ("activation bytes", metrics.memory))
+    ]
     old, new = layer_widths(before), layer_widths(after)
     changed = [(name, old[name], new[name], "count") for name in old if name in new and old[name] != new[name]]
     return before_after(rows + changed)

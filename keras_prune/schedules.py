@@ -35,7 +35,9 @@ class Curve:
 def _check(begin: int, stop: int, **sparsities: float) -> None:
     for name, s in sparsities.items():
         if not 0 <= s < 1:
-            raise ValueError(f"{name}={s} was passed to a schedule; expected a sparsity in [0, 1). To keep 20 % write 0.8.")
+            raise ValueError(
+                f"{name}={s} was passed to a schedule; expected a sparsity in [0, 1). To keep 20 % write 0.8."
+            )
     if not 0 <= begin <= stop:
         raise ValueError(f"begin={begin}, stop={stop}: expected 0 <= begin <= stop.")
 
@@ -97,7 +99,9 @@ def exponential(start: float, end: float, *, begin: int, stop: int) -> Curve:
     0.5
     """
     _check(begin, stop, start=start, end=end)
-    return Curve("exponential", lambda t: 1 - (1 - start) * ((1 - end) / (1 - start)) ** _part(t, begin, stop), begin, stop)
+    return Curve(
+        "exponential", lambda t: 1 - (1 - start) * ((1 - end) / (1 - start)) ** _part(t, begin, stop), begin, stop
+    )
 
 
 def cosine(start: float, end: float, *, begin: int, stop: int) -> Curve:
@@ -107,7 +111,9 @@ def cosine(start: float, end: float, *, begin: int, stop: int) -> Curve:
     0.4
     """
     _check(begin, stop, start=start, end=end)
-    return Curve("cosine", lambda t: end + (start - end) * (1 + math.cos(math.pi * _part(t, begin, stop))) / 2, begin, stop)
+    return Curve(
+        "cosine", lambda t: end + (start - end) * (1 + math.cos(math.pi * _part(t, begin, stop))) / 2, begin, stop
+    )
 
 
 def steps(values: Mapping[int, float]) -> Curve:
@@ -127,8 +133,15 @@ def _part(t: int, begin: int, stop: int) -> float:
     return 1.0 if stop == begin else (t - begin) / (stop - begin)
 
 
-SCHEDULES = {"constant": constant, "one_shot": one_shot, "polynomial": polynomial, "linear": linear,
-             "exponential": exponential, "cosine": cosine, "steps": steps}
+SCHEDULES = {
+    "constant": constant,
+    "one_shot": one_shot,
+    "polynomial": polynomial,
+    "linear": linear,
+    "exponential": exponential,
+    "cosine": cosine,
+    "steps": steps,
+}
 
 
 def get(sparsity: float | Mapping[int, float] | Schedule) -> Schedule:
@@ -143,13 +156,17 @@ def get(sparsity: float | Mapping[int, float] | Schedule) -> Schedule:
         return steps(sparsity)
     if isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool):
         return constant(check_sparsity(sparsity))
-    raise TypeError(f"sparsity={sparsity!r} is a {type(sparsity).__name__}; expected a number in [0, 1), "
-                    "{step: sparsity}, or a schedule such as keras_prune.schedules.polynomial(...).")
+    raise TypeError(
+        f"sparsity={sparsity!r} is a {type(sparsity).__name__}; expected a number in [0, 1), "
+        "{step: sparsity}, or a schedule such as keras_prune.schedules.polynomial(...)."
+    )
 
 
 def check_sparsity(sparsity: float, where: str = "") -> float:
     """The number itself if it lies in [0, 1)."""
     if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
-        raise ValueError(f"sparsity={sparsity!r} was passed{' to ' + where if where else ''}; expected a number in [0, 1): "
-                         "the fraction removed. To keep 20 % write sparsity=0.8.")
+        raise ValueError(
+            f"sparsity={sparsity!r} was passed{' to ' + where if where else ''}; expected a number in [0, 1): "
+            "the fraction removed. To keep 20 % write sparsity=0.8."
+        )
     return float(sparsity)

@@ -14,7 +14,9 @@ def residual_net(widths=(16, 32), seed=0):
         x = layers.ReLU()(layers.BatchNormalization()(x))
         y = layers.Conv2D(width, 3, padding="same", name=f"inner{number}")(x)
         y = layers.ReLU()(layers.BatchNormalization()(y))
-        y = layers.BatchNormalization()(layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"outer{number}")(y))
+        y = layers.BatchNormalization()(
+            layers.Conv2D(width, 3, padding="same", use_bias=False, name=f"outer{number}")(y)
+        )
         x = layers.ReLU()(layers.Add()([x, y]))
     x = layers.GlobalAveragePooling2D()(x)
     return keras.Model(inputs, layers.Dense(4, name="head")(x), name="residual_net")
@@ -26,12 +28,13 @@ def patterns(samples=256, seed=0):
     x, y = rng.normal(0, 1, (samples, 12, 12, 3)).astype("float32"), rng.integers(0, 4, samples)
     for image, label in zip(x, y):
         row, column = 6 * (label // 2), 6 * (label % 2)
-        image[row: row + 6, column: column + 6] += 0.7
+        image[row : row + 6, column : column + 6] += 0.7
     return x, y
 
 
 def compiled(optimizer="sgd", widths=(16, 32), seed=0, **arguments):
     model = residual_net(widths, seed)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"],
-                  **arguments)
+    model.compile(
+        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"], **arguments
+    )
     return model

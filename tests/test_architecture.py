@@ -13,13 +13,39 @@ ROOT = Path(__file__).parent.parent
 
 FLOORS = {
     "keras_prune": {
-        "__init__": 0, "data": 0, "rules": 1, "internals": 1, "criteria": 1, "schedules": 1, "datasets": 1, "groups": 2,
-        "budgets": 2, "channels": 3, "surgery": 4, "metrics": 4, "recalibration": 4, "probes": 5, "reports": 5,
-        "planning": 6, "pruners": 7, "demo": 8, "cli": 9,
+        "__init__": 0,
+        "data": 0,
+        "rules": 1,
+        "internals": 1,
+        "criteria": 1,
+        "schedules": 1,
+        "datasets": 1,
+        "groups": 2,
+        "budgets": 2,
+        "channels": 3,
+        "surgery": 4,
+        "metrics": 4,
+        "recalibration": 4,
+        "probes": 5,
+        "reports": 5,
+        "planning": 6,
+        "pruners": 7,
+        "demo": 8,
+        "cli": 9,
     },
     "tflite_export": {
-        "__init__": 0, "flatbuffer": 0, "silence": 0, "records": 0, "recipes": 1, "runner": 1, "inputs": 1,
-        "convert": 2, "parity": 3, "latency": 2, "exporter": 4, "cli": 5,
+        "__init__": 0,
+        "flatbuffer": 0,
+        "silence": 0,
+        "records": 0,
+        "recipes": 1,
+        "runner": 1,
+        "inputs": 1,
+        "convert": 2,
+        "parity": 3,
+        "latency": 2,
+        "exporter": 4,
+        "cli": 5,
     },
 }
 FILES = sorted(p for package in FLOORS for p in (ROOT / package).rglob("*.py"))
@@ -48,8 +74,11 @@ def test_a_file_imports_only_from_lower_floors(path):
     for module in imported(path):
         parts = module.split(".")
         if parts[0] == package and len(parts) > 1 and parts[1] in FLOORS[package] and parts[1] != name:
-            same_or_lower = FLOORS[package][parts[1]] <= FLOORS[package][name] if name == "cli" else (
-                FLOORS[package][parts[1]] < FLOORS[package][name])
+            same_or_lower = (
+                FLOORS[package][parts[1]] <= FLOORS[package][name]
+                if name == "cli"
+                else (FLOORS[package][parts[1]] < FLOORS[package][name])
+            )
             assert same_or_lower, f"{name} (floor {FLOORS[package][name]}) imports {parts[1]}"
 
 
@@ -73,24 +102,35 @@ def test_rooms_are_of_human_size_and_hold_no_assert(path):
 
 
 def test_importing_has_no_side_effects_and_loads_no_framework():
-    code = ("import os, sys, logging, warnings; before = (dict(os.environ), list(logging.root.handlers), "
-            "logging.root.level, list(warnings.filters)); import keras_prune, tflite_export; "
-            "after = (dict(os.environ), list(logging.root.handlers), logging.root.level, list(warnings.filters)); "
-            "sys.exit(before != after or 'keras' in sys.modules or 'tensorflow' in sys.modules)")
+    code = (
+        "import os, sys, logging, warnings; before = (dict(os.environ), list(logging.root.handlers), "
+        "logging.root.level, list(warnings.filters)); import keras_prune, tflite_export; "
+        "after = (dict(os.environ), list(logging.root.handlers), logging.root.level, list(warnings.filters)); "
+        "sys.exit(before != after or 'keras' in sys.modules or 'tensorflow' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 def test_loading_every_public_name_changes_no_environment():
-    code = ("import os, keras, tensorflow; before = dict(os.environ); import keras_prune, tflite_export; "
-            "names = [getattr(p, n) for p in (keras_prune, tflite_export) for n in p.__all__]; "
-            "assert len(names) > 20 and dict(os.environ) == before")
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}).returncode == 0
+    code = (
+        "import os, keras, tensorflow; before = dict(os.environ); import keras_prune, tflite_export; "
+        "names = [getattr(p, n) for p in (keras_prune, tflite_export) for n in p.__all__]; "
+        "assert len(names) > 20 and dict(os.environ) == before"
+    )
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3"}
+        ).returncode
+        == 0
+    )
 
 
 @pytest.mark.parametrize("package", sorted(FLOORS))
 def test_help_answers_without_loading_a_framework(package):
-    code = (f"import sys; from {package}.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
-            "sys.exit('keras' in sys.modules or 'tensorflow' in sys.modules or 'numpy' in sys.modules)")
+    code = (
+        f"import sys; from {package}.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+        "sys.exit('keras' in sys.modules or 'tensorflow' in sys.modules or 'numpy' in sys.modules)"
+    )
     start = time.perf_counter()
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and "usage" in result.stdout
@@ -101,6 +141,10 @@ def test_every_public_name_has_a_docstring():
     import keras_prune
     import tflite_export
 
-    missing = [f"{p.__name__}.{n}" for p in (keras_prune, tflite_export) for n in p.__all__
-               if n.isidentifier() and not n.startswith("__") and n != "RECIPES" and not getattr(p, n).__doc__]
+    missing = [
+        f"{p.__name__}.{n}"
+        for p in (keras_prune, tflite_export)
+        for n in p.__all__
+        if n.isidentifier() and not n.startswith("__") and n != "RECIPES" and not getattr(p, n).__doc__
+    ]
     assert missing == []

@@ -25,6 +25,7 @@ def vgg16(widths=(64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
 
 def resnet(depth):
     """CIFAR-10 ResNet with option-A shortcuts: stride by slicing, channels padded with zeros."""
+
     def convs(x, n, stride):
         return layers.BatchNormalization()(layers.Conv2D(n, 3, strides=stride, padding="same", use_bias=False)(x))
 
@@ -40,8 +41,10 @@ def resnet(depth):
     return keras.Model(inputs, layers.Dense(10)(layers.GlobalAveragePooling2D()(x)))
 
 
-@pytest.mark.parametrize("build, dense_macs, conv_macs", [
-    (vgg16, 5_120, 313_196_544), (lambda: resnet(20), 640, 40_550_400), (lambda: resnet(56), 640, 125_485_056)])
+@pytest.mark.parametrize(
+    "build, dense_macs, conv_macs",
+    [(vgg16, 5_120, 313_196_544), (lambda: resnet(20), 640, 40_550_400), (lambda: resnet(56), 640, 125_485_056)],
+)
 def test_macs_are_those_of_the_literature(build, dense_macs, conv_macs):
     assert metrics.macs(Channels(build())) == conv_macs + dense_macs
 
@@ -59,18 +62,18 @@ def test_vgg16_a_of_li_et_al_has_the_printed_macs():
 def test_macs_by_hand():
     """One of each: the sums are written out."""
     inputs = keras.Input((8, 8, 3))
-    x = layers.Conv2D(4, 3, padding="same")(inputs)                        # 8*8 * 9*3*4
-    x = layers.Conv2D(8, 3, strides=2, groups=2, padding="same")(x)        # 4*4 * 9*2*8
-    x = layers.DepthwiseConv2D(3, depth_multiplier=2)(x)                   # 2*2 * 9*16
-    x = layers.SeparableConv2D(5, 2, padding="same")(x)                    # 2*2 * (4*16 + 16*5)
-    x = layers.Conv2DTranspose(6, 2, strides=2)(x)                         # 2*2 * 4*5*6
-    x = layers.EinsumDense("abcd,def->abcef", (4, 4, 2, 3))(x)             # 4*4 * 6*2*3
+    x = layers.Conv2D(4, 3, padding="same")(inputs)  # 8*8 * 9*3*4
+    x = layers.Conv2D(8, 3, strides=2, groups=2, padding="same")(x)  # 4*4 * 9*2*8
+    x = layers.DepthwiseConv2D(3, depth_multiplier=2)(x)  # 2*2 * 9*16
+    x = layers.SeparableConv2D(5, 2, padding="same")(x)  # 2*2 * (4*16 + 16*5)
+    x = layers.Conv2DTranspose(6, 2, strides=2)(x)  # 2*2 * 4*5*6
+    x = layers.EinsumDense("abcd,def->abcef", (4, 4, 2, 3))(x)  # 4*4 * 6*2*3
     x = layers.Reshape((16, 6))(x)
-    x = layers.MultiHeadAttention(2, 5, value_dim=4)(x, x[:, :8])          # q 16*6*10, k 8*6*10, v 8*6*8,
-    x = layers.LSTM(3)(x)                        # o 16*8*6, scores 2*16*8*(5+4); 16*4*(6+3)*3
-    model = keras.Model(inputs, layers.Dense(7)(x))                        # 3*7
+    x = layers.MultiHeadAttention(2, 5, value_dim=4)(x, x[:, :8])  # q 16*6*10, k 8*6*10, v 8*6*8,
+    x = layers.LSTM(3)(x)  # o 16*8*6, scores 2*16*8*(5+4); 16*4*(6+3)*3
+    model = keras.Model(inputs, layers.Dense(7)(x))  # 3*7
     attention = 16 * 6 * 10 + 8 * 6 * 10 + 8 * 6 * 8 + 16 * 8 * 6 + 2 * 16 * 8 * 9
-    expected = (64 * 108 + 16 * 144 + 4 * 144 + 4 * 144 + 4 * 120 + 16 * 36 + attention + 16 * 4 * 9 * 3 + 21)
+    expected = 64 * 108 + 16 * 144 + 4 * 144 + 4 * 144 + 4 * 120 + 16 * 36 + attention + 16 * 4 * 9 * 3 + 21
     assert metrics.macs(Channels(model)) == expected
 
 
@@ -103,8 +106,9 @@ def test_rows_hold_all_numbers_of_a_unit():
     assert np.array_equal(channels.rows(group), expected)
     readers = [m for m in group.members if m.reads]
     assert [m.slices for m in readers] == [4]
-    assert np.array_equal(channels.rows(group, members=readers),
-                          np.array(dense.kernel).reshape(4, 5, 2).transpose(1, 0, 2).reshape(5, 8))
+    assert np.array_equal(
+        channels.rows(group, members=readers), np.array(dense.kernel).reshape(4, 5, 2).transpose(1, 0, 2).reshape(5, 8)
+    )
 
 
 def test_the_user_hears_what_to_do_with_a_model_that_cannot_be_walked():
@@ -139,6 +143,7 @@ def test_a_subclassed_model_inside_is_a_fence():
 
 def test_time_grows_linearly_with_the_number_of_operations():
     """4 times as many blocks may take at most 8 times as long."""
+
     def seconds(blocks):
         x = inputs = image()
         for _ in range(blocks):

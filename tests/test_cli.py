@@ -28,8 +28,19 @@ def run(capsys, *arguments):
 
 
 def test_prune_writes_the_small_model_it_announces(saved, tmp_path, capsys):
-    code, out, _ = run(capsys, "prune", saved / "model.keras", tmp_path / "small.keras", "--sparsity", 0.4, "--criterion",
-                       "fpgm", "--budget", "uniform", "--json")
+    code, out, _ = run(
+        capsys,
+        "prune",
+        saved / "model.keras",
+        tmp_path / "small.keras",
+        "--sparsity",
+        0.4,
+        "--criterion",
+        "fpgm",
+        "--budget",
+        "uniform",
+        "--json",
+    )
     facts = json.loads(out)
     small = keras.saving.load_model(tmp_path / "small.keras")
     assert code == 0 and facts["difference"] <= 1e-5
@@ -96,12 +107,20 @@ def test_a_custom_class_is_named(tmp_path, capsys):
     assert code == 2 and "Odd" in err and "script" in err
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["plan", "missing.keras"], "no such file"), (["plan", __file__], ".keras or .h5"),
-    (["prune", "{model}", "nowhere/small.keras"], "does not exist"), (["prune", "{model}", "small.txt"], "ends so"),
-    (["plan", "{model}", "--sparsity", "1.5"], "expected a number in"), (["plan", "{model}", "--criterion", "l3"], "Known"),
-    (["plan", "{model}", "--protect", "nothing"], "fits no layer"), (["demo", "--dataset", "no_such_set"], "--data-dir"),
-    (["demo", "--epochs", "1"], "tune_epochs < epochs")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["plan", "missing.keras"], "no such file"),
+        (["plan", __file__], ".keras or .h5"),
+        (["prune", "{model}", "nowhere/small.keras"], "does not exist"),
+        (["prune", "{model}", "small.txt"], "ends so"),
+        (["plan", "{model}", "--sparsity", "1.5"], "expected a number in"),
+        (["plan", "{model}", "--criterion", "l3"], "Known"),
+        (["plan", "{model}", "--protect", "nothing"], "fits no layer"),
+        (["demo", "--dataset", "no_such_set"], "--data-dir"),
+        (["demo", "--epochs", "1"], "tune_epochs < epochs"),
+    ],
+)
 def test_bad_input_is_one_line_and_exit_status_two(saved, tmp_path, capsys, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("KERAS_PRUNE_DATA", raising=False)

@@ -43,8 +43,16 @@ ARGUMENTS = {"Clip": (-1.0, 1.0), "Cast": ("float16",), "SaturateCast": ("int8",
 
 @pytest.mark.parametrize("name", UNARY)
 def test_what_is_ruled_as_elementwise_is_and_stays_finite_at_zero(name):
-    words = {"Relu6": "relu6", "SparseSigmoid": "sparse_sigmoid", "LogSigmoid": "log_sigmoid", "NanToNum": "nan_to_num",
-             "Exp2": "exp2", "Log1p": "log1p", "Expm1": "expm1", "TanhShrink": "tanh_shrink"}
+    words = {
+        "Relu6": "relu6",
+        "SparseSigmoid": "sparse_sigmoid",
+        "LogSigmoid": "log_sigmoid",
+        "NanToNum": "nan_to_num",
+        "Exp2": "exp2",
+        "Log1p": "log1p",
+        "Expm1": "expm1",
+        "TanhShrink": "tanh_shrink",
+    }
     function = getattr(ops, words.get(name, re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower()))
     inputs = keras.Input((5, 5, 3))
     x = layers.Conv2D(8, 3, name="first", activation="relu" if name == "Log1p" else None)(inputs)
@@ -65,8 +73,9 @@ def subclasses(cls):
         yield from subclasses(sub)
 
 
-@pytest.mark.parametrize("cls", [c for c in subclasses(Pruner) if c.__module__ == pruners.__name__],
-                         ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [c for c in subclasses(Pruner) if c.__module__ == pruners.__name__], ids=lambda c: c.__name__
+)
 def test_zeros_of_every_pruner_survive_a_second_fit_and_are_readable_from_the_weights(cls):
     model, (x, y) = compiled("adam"), patterns(128)
     pruner = cls(0.5)

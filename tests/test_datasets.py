@@ -11,8 +11,12 @@ from keras_prune import datasets
 
 def arrays(n=4):
     rng = np.random.default_rng(0)
-    return dict(x_train=rng.integers(0, 255, (n, 5, 5, 3), dtype=np.uint8), y_train=np.arange(n) % 2,
-                x_test=rng.integers(0, 255, (2, 5, 5, 3), dtype=np.uint8), y_test=np.arange(2))
+    return dict(
+        x_train=rng.integers(0, 255, (n, 5, 5, 3), dtype=np.uint8),
+        y_train=np.arange(n) % 2,
+        x_test=rng.integers(0, 255, (2, 5, 5, 3), dtype=np.uint8),
+        y_test=np.arange(2),
+    )
 
 
 def test_the_embedded_set_is_balanced_real_images_with_their_licence():

@@ -18,8 +18,16 @@ def finished(tmp_path_factory):
 def test_the_demo_halves_the_macs_and_writes_everything_it_names(finished):
     folder, figures, said = finished
     names = {p.name for p in folder.iterdir()}
-    assert names == {"dense.keras", "small.keras", "dense_float32.tflite", "dense_int8.tflite", "small_float32.tflite",
-                     "small_int8.tflite", "demo.json", "widths.png"}
+    assert names == {
+        "dense.keras",
+        "small.keras",
+        "dense_float32.tflite",
+        "dense_int8.tflite",
+        "small_float32.tflite",
+        "small_int8.tflite",
+        "demo.json",
+        "widths.png",
+    }
     assert json.loads((folder / "demo.json").read_text()) == figures
     dense, small = figures["networks"]["dense"], figures["networks"]["small"]
     assert small["macs"] / dense["macs"] == pytest.approx(0.5, abs=0.03)

@@ -12,7 +12,9 @@ SAYS = {"prune_while_training.py": "outputs equal to", "prune_a_backbone.py": "t
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda p: p.name)
 def test_the_example_runs_and_comes_to_its_point(path, tmp_path):
     environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(path.parent.parent)}
-    done = subprocess.run([sys.executable, str(path), "--tiny"], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(path), "--tiny"], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert SAYS[path.name] in done.stdout
 

@@ -133,10 +133,7 @@ def test_recurrent_layers_are_quantised_unrolled_only():
 
 @pytest.mark.parametrize(
     "make, recipe, words",
-    [
-        (attention, "int16x8", ["NEG", "LayerNormalization", "int8"]),
-        (embedding, "int16x8", ["integer inputs", "int8"]),
-    ],
+    [(attention, "int16x8", ["NEG", "LayerNormalization", "int8"]), (embedding, "int16x8", ["integer inputs", "int8"])],
 )
 def test_a_recipe_that_lacks_a_kernel_says_so_in_one_sentence(make, recipe, words):
     model = make()

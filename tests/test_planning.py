@@ -90,9 +90,18 @@ def test_a_planted_useless_filter_is_the_first_to_leave_by_every_magnitude():
 def test_taylor_finds_the_filter_that_nothing_reads():
     model = compiled()
     model.get_layer("outer1").set_weights(
-        [np.where(np.arange(32)[None, None, :, None] == 7, 0, model.get_layer("outer1").get_weights()[0])])
-    decision = plan(model, 0.012, criterion="taylor", data=patterns(64), round_to=1, measure="units", budget="uniform",
-                    protect=["down*", "outer*", "inner0"])
+        [np.where(np.arange(32)[None, None, :, None] == 7, 0, model.get_layer("outer1").get_weights()[0])]
+    )
+    decision = plan(
+        model,
+        0.012,
+        criterion="taylor",
+        data=patterns(64),
+        round_to=1,
+        measure="units",
+        budget="uniform",
+        protect=["down*", "outer*", "inner0"],
+    )
     group = next(g for g in decision.channels.groups if g.name == "inner1")
     assert decision.removed.tolist() == [group.units[7]]  # its only reader is zero: no gradient reaches it
 
@@ -179,14 +188,21 @@ def test_unknown_spatial_size_is_counted_as_assumed_and_said():
     assert "224" in " ".join(plan(model, 0.5).notes)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(sparsity=1.0), "expected a number in"), (dict(sparsity="half"), "expected a number in"),
-    (dict(measure="flops"), "Known: macs, memory, params, units"), (dict(criterion="l3"), "Known: bn_scale"),
-    (dict(budget="fair"), "Known: global"), (dict(round_to=0), "whole number from 1"),
-    (dict(protect=["nothing*"]), "fits no layer"), (dict(protect=["conv*", "head"]), "leaves nothing"),
-    (dict(criterion=lambda rows: rows), "one score per unit"),
-    (dict(criterion=lambda rows: np.full(len(rows), np.nan)), "NaN or infinite scores"),
-])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(sparsity=1.0), "expected a number in"),
+        (dict(sparsity="half"), "expected a number in"),
+        (dict(measure="flops"), "Known: macs, memory, params, units"),
+        (dict(criterion="l3"), "Known: bn_scale"),
+        (dict(budget="fair"), "Known: global"),
+        (dict(round_to=0), "whole number from 1"),
+        (dict(protect=["nothing*"]), "fits no layer"),
+        (dict(protect=["conv*", "head"]), "leaves nothing"),
+        (dict(criterion=lambda rows: rows), "one score per unit"),
+        (dict(criterion=lambda rows: np.full(len(rows), np.nan)), "NaN or infinite scores"),
+    ],
+)
 def test_bad_arguments_say_what_came_and_what_was_expected(arguments, message):
     with pytest.raises(ValueError, match=message):
         plan(plain_net(16, 16), **arguments)

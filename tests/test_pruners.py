@@ -32,12 +32,16 @@ def units_of(model):
     return set(dead_units(Channels(model), strict=True).tolist())
 
 
-JAX_CANNOT = pytest.mark.skipif(keras.backend.backend() == "jax", reason="Keras 3.15 on JAX fails by itself: after the "
-                                "averages are written over the weights, a second fit donates the same buffer twice")
+JAX_CANNOT = pytest.mark.skipif(
+    keras.backend.backend() == "jax",
+    reason="Keras 3.15 on JAX fails by itself: after the "
+    "averages are written over the weights, a second fit donates the same buffer twice",
+)
 
 
-@pytest.mark.parametrize("optimizer", [pytest.param(name, marks=JAX_CANNOT if name == "averaging" else ())
-                                       for name in sorted(OPTIMIZERS)])
+@pytest.mark.parametrize(
+    "optimizer", [pytest.param(name, marks=JAX_CANNOT if name == "averaging" else ()) for name in sorted(OPTIMIZERS)]
+)
 def test_pruned_weights_stay_exactly_zero_through_any_optimizer_and_a_second_fit(optimizer):
     model = compiled(OPTIMIZERS[optimizer]())
     fit(model, epochs=1)  # momenta are non-zero and a step function is cached before pruning begins
@@ -50,8 +54,11 @@ def test_pruned_weights_stay_exactly_zero_through_any_optimizer_and_a_second_fit
 
 
 @pytest.mark.skipif(keras.backend.backend() == "torch", reason="Keras has neither on PyTorch without further tools")
-@pytest.mark.parametrize("arguments", [dict(jit_compile=True), dict(steps_per_execution=2), dict(run_eagerly=True)],
-                         ids=lambda a: next(iter(a)))
+@pytest.mark.parametrize(
+    "arguments",
+    [dict(jit_compile=True), dict(steps_per_execution=2), dict(run_eagerly=True)],
+    ids=lambda a: next(iter(a)),
+)
 def test_zeros_hold_however_the_step_is_run(arguments):
     model = compiled(OPTIMIZERS["momentum"](), **arguments)
     pruning = GradualPruning(0.5)
@@ -165,8 +172,12 @@ def test_logs_reach_history_csv_and_checkpoint_names(tmp_path):
     model = compiled()
     pruning = FilterPruning(0.5)
     history = fit(
-        model, pruning, keras.callbacks.CSVLogger(tmp_path / "log.csv"),
-        keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}-{sparsity:.2f}.keras")), validation_data=(X[:32], Y[:32]))
+        model,
+        pruning,
+        keras.callbacks.CSVLogger(tmp_path / "log.csv"),
+        keras.callbacks.ModelCheckpoint(str(tmp_path / "{epoch}-{sparsity:.2f}.keras")),
+        validation_data=(X[:32], Y[:32]),
+    )
     channels = Channels(model)
     small = strip(model)
     assert history["params"][-1] == small.count_params()
@@ -212,7 +223,9 @@ print("dead", sorted(dead_units(Channels(model), strict=True).tolist()))
 @pytest.mark.parametrize("swapped", [False, True])
 def test_a_killed_run_resumes_with_the_same_zeros_wherever_the_backup_stands(tmp_path, swapped):
     def run(kill):
-        code = KILLED.format(tests=os.path.dirname(__file__), folder=str(tmp_path / "backup"), kill=kill, swapped=swapped)
+        code = KILLED.format(
+            tests=os.path.dirname(__file__), folder=str(tmp_path / "backup"), kill=kill, swapped=swapped
+        )
         return subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True)
 
     first = run(kill=True)
@@ -231,8 +244,20 @@ def test_a_pruner_of_ones_own_writes_one_method():
     class EveryThirdWeight(Pruner):
         def masks(self, step):
             kernel = self.model.get_layer("inner0").kernel
-            return [(kernel, (np.arange(kernel.shape.num_elements() if hasattr(kernel.shape, "num_elements")
-                                        else np.prod(kernel.shape)) % 3 > 0).reshape(kernel.shape))]
+            return [
+                (
+                    kernel,
+                    (
+                        np.arange(
+                            kernel.shape.num_elements()
+                            if hasattr(kernel.shape, "num_elements")
+                            else np.prod(kernel.shape)
+                        )
+                        % 3
+                        > 0
+                    ).reshape(kernel.shape),
+                )
+            ]
 
     model = compiled(OPTIMIZERS["adam"]())
     fit(model, EveryThirdWeight())
@@ -252,9 +277,17 @@ def test_diverged_training_is_named_instead_of_pruned():
         fit(model, FilterPruning(0.5), epochs=1)
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (dict(sparsity=1.5), "To keep 20 % write sparsity=0.8"), (dict(every=0), "every=0"), (dict(unit="step"), "'batch', 'epoch'"),
-    (dict(criterion="l3"), "Known: bn_scale"), (dict(measure="flops"), "Known: macs"), (dict(budget="x"), "Known: global")])
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(sparsity=1.5), "To keep 20 % write sparsity=0.8"),
+        (dict(every=0), "every=0"),
+        (dict(unit="step"), "'batch', 'epoch'"),
+        (dict(criterion="l3"), "Known: bn_scale"),
+        (dict(measure="flops"), "Known: macs"),
+        (dict(budget="x"), "Known: global"),
+    ],
+)
 def test_bad_arguments_fail_before_training(arguments, message):
     with pytest.raises(ValueError, match=message):
         FilterPruning(**arguments)

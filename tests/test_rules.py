@@ -21,13 +21,23 @@ def ends(op):
     return randomize(keras.Model(inputs, head(op(conv(8)(inputs)))))
 
 
-@pytest.mark.parametrize("function, expected", [
-    ("relu", (True, True)), ("tanh", (True, True)), ("sigmoid", (True, False)), ("softplus", (True, False)),
-    ("softmax", (False, False)), ("log_softmax", (False, False)), ("glu", (False, False)),
-    ("sparsemax", (False, False)),
-    (lambda x: x - ops.max(x, axis=-1, keepdims=True), (False, False)), (ops.log, (False, False)),
-    (lambda x: x * np.arange(6.0).astype("float32"), (False, False)), (lambda x: ops.minimum(x, 1.0), (True, True)),
-])
+@pytest.mark.parametrize(
+    "function, expected",
+    [
+        ("relu", (True, True)),
+        ("tanh", (True, True)),
+        ("sigmoid", (True, False)),
+        ("softplus", (True, False)),
+        ("softmax", (False, False)),
+        ("log_softmax", (False, False)),
+        ("glu", (False, False)),
+        ("sparsemax", (False, False)),
+        (lambda x: x - ops.max(x, axis=-1, keepdims=True), (False, False)),
+        (ops.log, (False, False)),
+        (lambda x: x * np.arange(6.0).astype("float32"), (False, False)),
+        (lambda x: ops.minimum(x, 1.0), (True, True)),
+    ],
+)
 def test_elementwise_is_found_out_by_calling(function, expected):
     """(works on each number alone, maps 0 to 0)."""
     assert elementwise(keras.activations.get(function)) == expected
@@ -80,12 +90,18 @@ def test_layer_and_operation_of_one_name_are_told_apart():
     assert find_rule(operation._keras_history.operation) is RULES["ops.Add"]
 
 
-@pytest.mark.parametrize("op, word", [
-    (layers.LayerNormalization(), "mean and variance mix all channels"), (layers.Softmax(), "mixes its channels"),
-    (Unknown(), "no rule for this type"), (lambda x: ops.mean(x, axis=-1), "reduces over its channels"),
-    (lambda x: x[..., ::2], "sliced with a step"), (lambda x: ops.sqrt(ops.relu(x)), "no rule for this type"),
-    (layers.Permute((1, 3, 2)), ""),
-])
+@pytest.mark.parametrize(
+    "op, word",
+    [
+        (layers.LayerNormalization(), "mean and variance mix all channels"),
+        (layers.Softmax(), "mixes its channels"),
+        (Unknown(), "no rule for this type"),
+        (lambda x: ops.mean(x, axis=-1), "reduces over its channels"),
+        (lambda x: x[..., ::2], "sliced with a step"),
+        (lambda x: ops.sqrt(ops.relu(x)), "no rule for this type"),
+        (layers.Permute((1, 3, 2)), ""),
+    ],
+)
 def test_a_fence_says_why_once(op, word):
     channels = Channels(ends(op))
     if not word:  # no loss: Flatten follows

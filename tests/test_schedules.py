@@ -25,7 +25,7 @@ def test_schedule_is_nothing_before_begin_rises_and_ends_at_its_last_value(name)
     values = [curve(t) for t in range(100)]
     assert values[:2] == [0.0, 0.0]
     assert all(a <= b + 1e-12 for a, b in zip(values, values[1:]))
-    assert all(v == pytest.approx(0.8) for v in values[curve.stop:])
+    assert all(v == pytest.approx(0.8) for v in values[curve.stop :])
     assert curve.stop == 2 or values[curve.stop - 1] < 0.8 - 1e-6
 
 
@@ -47,9 +47,15 @@ def test_a_sparsity_outside_its_range_says_what_to_write(bad):
         schedules.get(bad)
 
 
-@pytest.mark.parametrize("make", [
-    lambda: schedules.polynomial(0, 1.0, begin=0, stop=2), lambda: schedules.linear(0, 0.5, begin=5, stop=2),
-    lambda: schedules.steps({}), lambda: schedules.constant(0.5, begin=-1)])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: schedules.polynomial(0, 1.0, begin=0, stop=2),
+        lambda: schedules.linear(0, 0.5, begin=5, stop=2),
+        lambda: schedules.steps({}),
+        lambda: schedules.constant(0.5, begin=-1),
+    ],
+)
 def test_impossible_schedules_are_refused_where_they_are_made(make):
     with pytest.raises(ValueError, match="expected"):
         make()

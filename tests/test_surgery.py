@@ -17,12 +17,36 @@ from keras_prune import Channels, cut, metrics, strip, zero
 from keras_prune.rules import RULES
 from keras_prune.surgery import dead_units, relative_difference, zeroed
 
-WIRINGS = ("squeeze_and_excite_dense", "concat_then_add", "channel_shuffle", "split_uneven", "slice_two",
-           "pad_channels", "resnet_option_a_ops", "resnet_option_a_layers", "densely_connected",
-           "nested_model_twice", "encoder_decoder", "attention_cross", "vit", "bidirectional",
-           "time_distributed", "conv2d_small_groups", "conv2d_large_groups", "two_in_two_out_by_name",
-           "separable2d", "einsum_heads", "normalization_given", "half_precision", "lstm_masked",
-           "attention_masked", "inverted_residual", "prelu", "flatten_channels_first", "group_norm")
+WIRINGS = (
+    "squeeze_and_excite_dense",
+    "concat_then_add",
+    "channel_shuffle",
+    "split_uneven",
+    "slice_two",
+    "pad_channels",
+    "resnet_option_a_ops",
+    "resnet_option_a_layers",
+    "densely_connected",
+    "nested_model_twice",
+    "encoder_decoder",
+    "attention_cross",
+    "vit",
+    "bidirectional",
+    "time_distributed",
+    "conv2d_small_groups",
+    "conv2d_large_groups",
+    "two_in_two_out_by_name",
+    "separable2d",
+    "einsum_heads",
+    "normalization_given",
+    "half_precision",
+    "lstm_masked",
+    "attention_masked",
+    "inverted_residual",
+    "prelu",
+    "flatten_channels_first",
+    "group_norm",
+)
 
 
 @functools.cache
@@ -37,7 +61,7 @@ def some(channels, fraction=0.5, other=False, seed=0):
     rng, parts = np.random.default_rng(seed), [np.zeros(0, int)]
     for group in channels.groups:
         order, n = rng.permutation(group.units), int(len(group) * fraction)
-        parts.append(order[n: 2 * n] if other else order[:n])
+        parts.append(order[n : 2 * n] if other else order[:n])
     return np.concatenate(parts)
 
 
@@ -99,8 +123,11 @@ def test_layers_keep_names_dtypes_and_order(name):
     small = cut(channels, some(channels))
 
     def facts(m):
-        return [(type(v), v.name, v.trainable, str(v.dtype_policy)) for v in m._flatten_layers()
-                if v.weights or isinstance(v, layers.InputLayer)]
+        return [
+            (type(v), v.name, v.trainable, str(v.dtype_policy))
+            for v in m._flatten_layers()
+            if v.weights or isinstance(v, layers.InputLayer)
+        ]
 
     assert facts(small) == facts(model)
     assert small.output_names == model.output_names
@@ -114,8 +141,11 @@ def test_stripped_models_load_without_keras_prune(tmp_path):
         small, report = strip(keras.saving.load_model(tmp_path / "zeroed.keras"), x, report=True)
         assert report.units == len(some(channels))
         small.save(tmp_path / f"{name}.keras")
-        np.savez(tmp_path / f"{name}.npz", *keras.tree.flatten(x), *[
-            keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(small(x, training=False))])
+        np.savez(
+            tmp_path / f"{name}.npz",
+            *keras.tree.flatten(x),
+            *[keras.ops.convert_to_numpy(y) for y in keras.tree.flatten(small(x, training=False))],
+        )
     (tmp_path / "zeroed.keras").unlink()
     (tmp_path / "check.py").write_text(
         "import sys, pathlib; sys.modules['keras_prune'] = None\n"
@@ -128,7 +158,8 @@ def test_stripped_models_load_without_keras_prune(tmp_path):
         "    y = keras.tree.flatten(model(keras.tree.pack_sequence_as(struct, arrays[:n]), training=False))\n"
         "    for a, b in zip(y, arrays[n:]):\n"
         "        assert np.abs(a - b).max() <= 1e-5 * np.abs(b).max() + 1e-6, path\n"
-        "    print('same', path.stem)\n")
+        "    print('same', path.stem)\n"
+    )
     command = [sys.executable, "-I", str(tmp_path / "check.py"), str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -148,8 +179,9 @@ def channels_first_and_last(data_format):
 
     x = layers.BatchNormalization(axis=axis)(conv2d(8)(inputs))
     x = layers.MaxPooling2D(data_format=data_format)(layers.ReLU()(x))
-    x = layers.Concatenate(axis=axis)([conv2d(4, groups=2)(x), layers.DepthwiseConv2D(
-        3, padding="same", data_format=data_format)(x)])
+    x = layers.Concatenate(axis=axis)(
+        [conv2d(4, groups=2)(x), layers.DepthwiseConv2D(3, padding="same", data_format=data_format)(x)]
+    )
     x = layers.PReLU(shared_axes=(2, 3) if axis == 1 else (1, 2))(x)
     x = layers.Conv2DTranspose(5, 2, strides=2, data_format=data_format)(x)
     gate = layers.GlobalAveragePooling2D(data_format=data_format, keepdims=True)(x)
@@ -182,8 +214,9 @@ def trained(optimizer, policy=None, **arguments):
     x = layers.Add()([x, layers.BatchNormalization(dtype=policy)(conv(8, use_bias=False, dtype=policy)(x))])
     x = conv(6, activation="relu", dtype=policy)(x)
     model = randomize(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x))))
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                  metrics=["accuracy"], **arguments)
+    model.compile(
+        optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True), metrics=["accuracy"], **arguments
+    )
     rng = np.random.default_rng(0)
     data = rng.normal(size=(16, 8, 8, 3)).astype("float32"), rng.integers(0, 3, 16)
     model.fit(*data, batch_size=8, epochs=2, shuffle=False, verbose=0)
@@ -238,9 +271,13 @@ def test_adafactor_does_not_crash():
 
 
 def test_compile_arguments_are_kept():
-    model, data, channels = trained(keras.optimizers.SGD(0.1), run_eagerly=False, jit_compile=False,
-                                    steps_per_execution=2,
-                                    weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="weighted")])
+    model, data, channels = trained(
+        keras.optimizers.SGD(0.1),
+        run_eagerly=False,
+        jit_compile=False,
+        steps_per_execution=2,
+        weighted_metrics=[keras.metrics.SparseCategoricalAccuracy(name="weighted")],
+    )
     small = cut(channels, some(channels))
     assert small.loss is model.loss and small.steps_per_execution == 2 and small.jit_compile is False
     small.fit(*data, batch_size=8, verbose=0)

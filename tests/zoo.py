@@ -112,9 +112,30 @@ def through(name, op, *groups, rank=2, fences=0, last=None, tolerance=1e-5):
 
 # -- activations -------------------------------------------------------------------------------------------------
 
-ELEMENTWISE = ("relu", "relu6", "sigmoid", "tanh", "softplus", "softsign", "silu", "gelu", "elu", "selu", "celu",
-               "leaky_relu", "hard_sigmoid", "hard_tanh", "hard_shrink", "soft_shrink", "tanh_shrink", "log_sigmoid",
-               "exponential", "squareplus", "sparse_plus", "linear")
+ELEMENTWISE = (
+    "relu",
+    "relu6",
+    "sigmoid",
+    "tanh",
+    "softplus",
+    "softsign",
+    "silu",
+    "gelu",
+    "elu",
+    "selu",
+    "celu",
+    "leaky_relu",
+    "hard_sigmoid",
+    "hard_tanh",
+    "hard_shrink",
+    "soft_shrink",
+    "tanh_shrink",
+    "log_sigmoid",
+    "exponential",
+    "squareplus",
+    "sparse_plus",
+    "linear",
+)
 through("activations_as_layers", lambda x: layers.Add()([layers.Activation(n)(x) for n in (*ELEMENTWISE, "mish")]))
 through("activations_as_functions", lambda x: layers.Add()([getattr(keras.activations, n)(x) for n in ELEMENTWISE]))
 through("activation_softmax", lambda x: layers.Activation("softmax")(x), 6, fences=1)
@@ -170,8 +191,11 @@ def _convs(rank):
         depthwise = (layers.DepthwiseConv1D, layers.DepthwiseConv2D)[rank - 1]
         separable = (layers.SeparableConv1D, layers.SeparableConv2D)[rank - 1]
         through(f"depthwise{rank}d", lambda x: depthwise(3, strides=2)(x), rank=rank)
-        through(f"depthwise{rank}d_multiplied", lambda x: depthwise(3, depth_multiplier=2, activation="sigmoid")(x),
-                rank=rank)
+        through(
+            f"depthwise{rank}d_multiplied",
+            lambda x: depthwise(3, depth_multiplier=2, activation="sigmoid")(x),
+            rank=rank,
+        )
         through(f"separable{rank}d", lambda x: separable(5, 3, depth_multiplier=2)(x), 8, 5, 6, rank=rank)
 
 
@@ -250,8 +274,11 @@ def inception_scale():
 
 for _rank in (1, 2, 3):
     for _kind in ("Max", "Average"):
-        through(f"{_kind.lower()}_pooling{_rank}d",
-                lambda x, k=_kind, r=_rank: getattr(layers, f"{k}Pooling{r}D")(2)(x), rank=_rank)
+        through(
+            f"{_kind.lower()}_pooling{_rank}d",
+            lambda x, k=_kind, r=_rank: getattr(layers, f"{k}Pooling{r}D")(2)(x),
+            rank=_rank,
+        )
         _global = getattr(layers, f"Global{_kind}Pooling{_rank}D")
         through(f"global_{_kind.lower()}{_rank}d", _global, 8, rank=_rank, last="none")
         through(f"global_{_kind.lower()}{_rank}d_keepdims", lambda x, g=_global: g(keepdims=True)(x), rank=_rank)
@@ -259,12 +286,15 @@ for _rank in (1, 2, 3):
     through(f"zero_padding{_rank}d", getattr(layers, f"ZeroPadding{_rank}D"), rank=_rank)
     through(f"cropping{_rank}d", getattr(layers, f"Cropping{_rank}D"), rank=_rank)
     through(f"spatial_dropout{_rank}d", lambda x, r=_rank: getattr(layers, f"SpatialDropout{r}D")(0.3)(x), rank=_rank)
-    through(f"adaptive_pooling{_rank}d",
-            lambda x, r=_rank: getattr(layers, f"AdaptiveAveragePooling{r}D")(2)(x), rank=_rank)
+    through(
+        f"adaptive_pooling{_rank}d", lambda x, r=_rank: getattr(layers, f"AdaptiveAveragePooling{r}D")(2)(x), rank=_rank
+    )
 through("resizing", lambda x: layers.Resizing(5, 6)(x))
 through("image_resize", lambda x: ops.image.resize(x, (5, 6)))
-through("dropouts", lambda x: layers.GaussianNoise(0.1)(layers.GaussianDropout(0.2)(layers.AlphaDropout(0.1)(
-    layers.Dropout(0.5)(x)))))
+through(
+    "dropouts",
+    lambda x: layers.GaussianNoise(0.1)(layers.GaussianDropout(0.2)(layers.AlphaDropout(0.1)(layers.Dropout(0.5)(x)))),
+)
 through("activity_regularization", lambda x: layers.ActivityRegularization(0.1)(x))
 through("identity", layers.Identity)
 through("augmented_inside", lambda x: layers.RandomTranslation(0.1, 0.1)(layers.RandomFlip()(x)))
@@ -274,8 +304,15 @@ through("max_pool_op", lambda x: ops.max_pool(ops.average_pool(x, 2), 2))
 @entry(8)
 def augmentation_first():
     x = inputs = image()
-    for layer in (layers.Rescaling(1 / 2), layers.RandomFlip(), layers.RandomRotation(0.1), layers.RandomZoom(0.1),
-                  layers.RandomContrast(0.1), layers.RandomBrightness(0.1), layers.CenterCrop(6, 6)):
+    for layer in (
+        layers.Rescaling(1 / 2),
+        layers.RandomFlip(),
+        layers.RandomRotation(0.1),
+        layers.RandomZoom(0.1),
+        layers.RandomContrast(0.1),
+        layers.RandomBrightness(0.1),
+        layers.CenterCrop(6, 6),
+    ):
         x = layer(x)
     return keras.Model(inputs, head(conv(8, activation="relu")(x)))
 
@@ -313,12 +350,16 @@ through("times_full_constant", lambda x: x * np.random.default_rng(0).normal(siz
 through("maximum_vector", lambda x: ops.maximum(np.linspace(-1, 1, 8).astype("float32"), x))
 through("divide_by_vector", lambda x: x / np.linspace(0.5, 2, 8).astype("float32"))
 through("divided_constant", lambda x: 1.0 / (2 + ops.sigmoid(x)), 6, fences=1)
-through("power", lambda x: x ** 2)
+through("power", lambda x: x**2)
 through("power_root", lambda x: ops.abs(x) ** 0.5, 6, fences=1)
-through("reverse_power", lambda x: 2.0 ** x, 6, fences=1)
+through("reverse_power", lambda x: 2.0**x, 6, fences=1)
 through("constant_tensor", lambda x: x + ops.ones((8, 8, 8)) * 0.5)
-through("matmul_by_constant", lambda x: ops.matmul(x, np.random.default_rng(0).normal(size=(8, 5)).astype("float32")),
-        6, fences=1)
+through(
+    "matmul_by_constant",
+    lambda x: ops.matmul(x, np.random.default_rng(0).normal(size=(8, 5)).astype("float32")),
+    6,
+    fences=1,
+)
 
 
 @entry(8, 4, 6)
@@ -374,8 +415,12 @@ two("concat_single_channels", lambda a, b: layers.Concatenate()([conv(1)(a), b, 
 two("concat_twice_the_same", lambda a, b: layers.Concatenate()([a, b, a]), 8, 5, 6, widths=(8, 5))
 two("stack_space", lambda a, b: ops.sum(ops.stack([a, b], axis=1), axis=1))
 two("stack_last", lambda a, b: ops.max(ops.stack([a, b], axis=-1), axis=-1))
-two("dot", lambda a, b: layers.Dot((2, 2))([layers.Reshape((64, 8))(a), layers.Reshape((64, 8))(b)])[..., None], 6,
-    fences=1)
+two(
+    "dot",
+    lambda a, b: layers.Dot((2, 2))([layers.Reshape((64, 8))(a), layers.Reshape((64, 8))(b)])[..., None],
+    6,
+    fences=1,
+)
 two("einsum_of_activations", lambda a, b: ops.einsum("bhwc,bhwd->bhcd", a, b), 6, fences=1)
 
 
@@ -417,12 +462,25 @@ through("reshape_merge_columns", lambda x: layers.Reshape((8, 4, 16))(x))
 through("reshape_op_minus_one_channels", lambda x: ops.reshape(x, (-1, 8, 4, 16)))
 through("reshape_into_batch", lambda x: ops.reshape(ops.reshape(x, (-1, 8, 8)), (-1, 8, 8, 8)))
 through("reshape_mixing_batch", lambda x: ops.reshape(ops.reshape(x, (-1, 4)), (-1, 8, 8, 8)), 6, fences=1)
-through("space_to_batch_and_back", lambda x: ops.reshape(ops.transpose(ops.reshape(
-    x, (-1, 2, 4, 2, 4, 8)), (0, 1, 3, 2, 4, 5)), (-1, 4, 4, 8)), 8, 6, last=None)
-through("channel_shuffle", lambda x: layers.Reshape((8, 8, 8))(layers.Permute((1, 2, 4, 3))(
-    layers.Reshape((8, 8, 2, 4))(x))), 4, 6)
-through("channel_shuffle_ops", lambda x: ops.reshape(ops.transpose(ops.reshape(
-    x, (-1, 8, 8, 4, 2)), (0, 1, 2, 4, 3)), (-1, 8, 8, 8)), 4, 6)
+through(
+    "space_to_batch_and_back",
+    lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 2, 4, 2, 4, 8)), (0, 1, 3, 2, 4, 5)), (-1, 4, 4, 8)),
+    8,
+    6,
+    last=None,
+)
+through(
+    "channel_shuffle",
+    lambda x: layers.Reshape((8, 8, 8))(layers.Permute((1, 2, 4, 3))(layers.Reshape((8, 8, 2, 4))(x))),
+    4,
+    6,
+)
+through(
+    "channel_shuffle_ops",
+    lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 8, 8, 4, 2)), (0, 1, 2, 4, 3)), (-1, 8, 8, 8)),
+    4,
+    6,
+)
 through("permute_and_back", lambda x: layers.Permute((2, 3, 1))(layers.Permute((3, 1, 2))(x)))
 through("permute_wrong_axis", lambda x: layers.Permute((1, 3, 2))(x), 6, fences=1)
 through("transpose", lambda x: ops.transpose(ops.transpose(x, (0, 3, 1, 2)), (0, 2, 3, 1)))
@@ -444,8 +502,14 @@ through("take_one_channel", lambda x: x[..., 3][..., None] + x, 7, 6)
 through("take_row", lambda x: ops.take(x, 2, axis=1), 8, last="none")
 through("take_channels", lambda x: ops.take(x, [0, 2, 5], axis=-1), 6, fences=1)
 through("split_layerlike", lambda x: ops.add(*ops.split(x, 2, axis=-1)), 4, 6)
-through("split_uneven", lambda x: (lambda p: ops.concatenate([p[2], ops.relu(p[0]), p[1]], -1))(
-    ops.split(x, [2, 5], axis=-1)), 2, 3, 3, 6)
+through(
+    "split_uneven",
+    lambda x: (lambda p: ops.concatenate([p[2], ops.relu(p[0]), p[1]], -1))(ops.split(x, [2, 5], axis=-1)),
+    2,
+    3,
+    3,
+    6,
+)
 through("split_space", lambda x: ops.add(*ops.split(x, 2, axis=1)))
 through("unstack_space", lambda x: sum(ops.unstack(x, axis=1)), 8, last="none")
 through("repeat_space", lambda x: ops.repeat(x, 2, axis=1))
@@ -461,20 +525,33 @@ through("mean_space", lambda x: ops.mean(x, axis=(1, 2)), 8, last="none")
 through("mean_channels", lambda x: ops.mean(x, axis=-1, keepdims=True), 6, fences=1)
 through("average_space", lambda x: ops.average(x, axis=1), 8, last="none")
 through("average_channels", lambda x: ops.average(x, axis=-1)[..., None], 6, fences=1)
-through("sum_max_min_space", lambda x: ops.sum(x, 1) + ops.max(x, axis=1) + ops.min(x, axis=-2) + ops.var(x, 1), 8,
-        last="none")
+through(
+    "sum_max_min_space",
+    lambda x: ops.sum(x, 1) + ops.max(x, axis=1) + ops.min(x, axis=-2) + ops.var(x, 1),
+    8,
+    last="none",
+)
 through("argmax_channels", lambda x: ops.cast(ops.argmax(x, axis=-1), "float32")[..., None] * 0.1, 6, fences=1)
 through("pad_channels", lambda x: ops.pad(x, [[0, 0], [0, 0], [0, 0], [3, 2]]), 5, 8, 6)
 through("pad_channels_nonzero", lambda x: ops.pad(x, [[0, 0], [0, 0], [0, 0], [0, 2]], constant_values=0.7), 2, 8, 6)
 through("pad_space", lambda x: ops.pad(x, [[0, 0], [1, 0], [0, 2], [0, 0]], mode="reflect"))
 through("pad_channels_reflect", lambda x: ops.pad(x, [[0, 0], [0, 0], [0, 0], [1, 1]], mode="reflect"), 6, fences=1)
-through("zero_padding_of_channels", lambda x: layers.ZeroPadding2D(((0, 0), (3, 2)), data_format="channels_first")(x),
-        5, 8, 6)
+through(
+    "zero_padding_of_channels",
+    lambda x: layers.ZeroPadding2D(((0, 0), (3, 2)), data_format="channels_first")(x),
+    5,
+    8,
+    6,
+)
 through("cropping_of_channels", lambda x: layers.Cropping2D(((0, 0), (1, 2)), data_format="channels_first")(x), 3, 5, 6)
 through("repeat_vector", lambda x: layers.RepeatVector(5)(layers.GlobalAveragePooling2D()(x)), 8, last="none")
 through("one_by_one_reshape", lambda x: layers.Reshape((1, 1, 8))(layers.GlobalAveragePooling2D()(x)))
-through("depth_to_space", lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 8, 8, 2, 2, 2)), (0, 1, 3, 2, 4, 5)),
-                                                (-1, 16, 16, 2)), 2, 6)
+through(
+    "depth_to_space",
+    lambda x: ops.reshape(ops.transpose(ops.reshape(x, (-1, 8, 8, 2, 2, 2)), (0, 1, 3, 2, 4, 5)), (-1, 16, 16, 2)),
+    2,
+    6,
+)
 through("depth_to_space_op", lambda x: ops.depth_to_space(x, 2), 2, 6)
 through("space_to_depth_op", lambda x: ops.space_to_depth(x, 2))
 through("captured_variable", lambda x: x * keras.Variable(np.linspace(0.5, 2, 8)))
@@ -524,15 +601,12 @@ def einsum(name, *stages, groups, fences=0, shape=(5, 4), **kwargs):
 einsum("einsum_as_dense", ("abc,cd->abd", (5, 8), "d"), ("abd,de->abe", (5, 6), "e"), groups=(8, 6))
 einsum("einsum_no_bias", ("abc,cd->abd", (5, 8), None), ("abd,de->abe", (5, 6), None), groups=(8, 6))
 einsum("einsum_ellipsis", ("...x,xy->...y", 8, "y"), ("...x,xy->...y", (6,), "y"), groups=(8, 6))
-einsum("einsum_right_ellipsis", ("ab...,bc->ac...", 8, "c"), ("ab...,bc->ac...", 6, "c"), groups=(8, 6),
-       shape=(5, 9))
-einsum("einsum_token_mixing", ("abc,bd->adc", (8, 9), "d"), ("adc,de->aec", (6, 9), "e"), groups=(8, 6),
-       shape=(5, 9))
+einsum("einsum_right_ellipsis", ("ab...,bc->ac...", 8, "c"), ("ab...,bc->ac...", 6, "c"), groups=(8, 6), shape=(5, 9))
+einsum("einsum_token_mixing", ("abc,bd->adc", (8, 9), "d"), ("adc,de->aec", (6, 9), "e"), groups=(8, 6), shape=(5, 9))
 einsum("einsum_bias_two_axes", ("abc,cd->abd", (5, 8), "bd"), ("abd,de->abe", (5, 6), "be"), groups=(8, 6))
 einsum("einsum_heads", ("abc,cde->abde", (5, 6, 3), "de"), ("abde,dec->abc", (5, 7), "c"), groups=(6, 7))
 einsum("einsum_per_head", ("abc,cde->abde", (5, 6, 3), "de"), ("abde,def->abdf", (5, 6, 2), "df"), groups=(6,))
-einsum("einsum_batch_letter_passes", ("abc,cde->abde", (5, 6, 3), None), ("abde,ef->abdf", (5, 6, 2), "f"),
-       groups=(6,))
+einsum("einsum_batch_letter_passes", ("abc,cde->abde", (5, 6, 3), None), ("abde,ef->abdf", (5, 6, 2), "f"), groups=(6,))
 einsum("einsum_sums_a_letter", ("abc,cde->abde", (5, 6, 3), None), ("abde,ef->abf", (5, 4), "f"), groups=(4,), fences=1)
 
 
@@ -547,8 +621,9 @@ def dense_net():
 
 @entry(16, 8)
 def sequential_dense():
-    return keras.Sequential([keras.Input((10,)), layers.Dense(16, activation="relu"), layers.Dense(8, "tanh"),
-                             layers.Dense(3)])
+    return keras.Sequential(
+        [keras.Input((10,)), layers.Dense(16, activation="relu"), layers.Dense(8, "tanh"), layers.Dense(3)]
+    )
 
 
 @entry(4, 8, 8)
@@ -564,8 +639,7 @@ def attention_self():
 def attention_cross():
     a, b = keras.Input((5, 6), name="a"), keras.Input((4, 6), name="b")
     query, value, key = layers.Dense(7)(a), layers.Dense(8)(b), layers.Dense(9)(b)
-    x = layers.MultiHeadAttention(4, 3, value_dim=2, output_shape=5, use_bias=False)(
-        value=value, query=query, key=key)
+    x = layers.MultiHeadAttention(4, 3, value_dim=2, output_shape=5, use_bias=False)(value=value, query=query, key=key)
     return keras.Model([a, b], head(x))
 
 
@@ -770,8 +844,9 @@ def nested_three_deep():
     core = keras.Sequential([keras.Input((8, 8, 8)), conv(6, activation="relu"), layers.BatchNormalization()])
     i = keras.Input((8, 8, 8))
     middle = keras.Model(i, conv(5)(core(i)))
-    return keras.Sequential([keras.Input((8, 8, 3)), conv(8), middle, conv(4, activation="relu"), layers.Flatten(),
-                             layers.Dense(3)])
+    return keras.Sequential(
+        [keras.Input((8, 8, 3)), conv(8), middle, conv(4, activation="relu"), layers.Flatten(), layers.Dense(3)]
+    )
 
 
 @entry(8, 6, 5)
@@ -779,9 +854,10 @@ def two_in_two_out_by_name():
     left, right = keras.Input((8, 8, 3), name="left"), keras.Input((4,), name="right")
     x, y = conv(8, activation="relu")(left), layers.Dense(6, activation="relu")(right)
     x = layers.Concatenate()([layers.GlobalAveragePooling2D()(x), y])
-    return keras.Model({"right": right, "left": left},
-                       {"scores": layers.Dense(3, name="scores")(layers.Dense(5, "relu")(x)),
-                        "gate": layers.Dense(2, name="gate")(y)})
+    return keras.Model(
+        {"right": right, "left": left},
+        {"scores": layers.Dense(3, name="scores")(layers.Dense(5, "relu")(x)), "gate": layers.Dense(2, name="gate")(y)},
+    )
 
 
 @entry(3, 4, 8, 6)
@@ -883,8 +959,9 @@ def resnet(shortcut):
 
     def builder():
         def block(x, n, stride):
-            y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(
-                n, 3, strides=stride, padding="same", use_bias=False)(x)))
+            y = layers.ReLU()(
+                layers.BatchNormalization()(layers.Conv2D(n, 3, strides=stride, padding="same", use_bias=False)(x))
+            )
             y = layers.BatchNormalization()(conv(n, use_bias=False)(y))
             if stride == 2 and shortcut == "ops":
                 x = ops.pad(x[:, ::2, ::2, :], [[0, 0], [0, 0], [0, 0], [2, 2]])

@@ -76,8 +76,19 @@ def prelu(layer, call, x):
     return Labels(x, {"alpha": ids})
 
 
-@rule("Softmax", "UnitNormalization", "ops.Softmax", "ops.LogSoftmax", "ops.Cumsum", "ops.Cumprod", "ops.Sort",
-      "ops.Argsort", "ops.Flip", "ops.Roll", "ops.Normalize")
+@rule(
+    "Softmax",
+    "UnitNormalization",
+    "ops.Softmax",
+    "ops.LogSoftmax",
+    "ops.Cumsum",
+    "ops.Cumprod",
+    "ops.Sort",
+    "ops.Argsort",
+    "ops.Flip",
+    "ops.Roll",
+    "ops.Normalize",
+)
 def mixes_along_axis(layer, call, x, *mask):
     """Passes the other axes, mixes its own."""
     axis = layer.axis

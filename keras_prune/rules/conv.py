@@ -37,9 +37,7 @@ def conv(layer, call, x):
         call.tie(by_group, by_group[:1])
         read, out = by_group[0], np.tile(call.fresh(layer.filters // groups), groups)
     activate(call, out, layer.activation)
-    return Labels(
-        call.spread(out, axis), {"kernel": (*taps, read, out), "bias": (out,)}, {"filters": out, **config}
-    )
+    return Labels(call.spread(out, axis), {"kernel": (*taps, read, out), "bias": (out,)}, {"filters": out, **config})
 
 
 @rule("DepthwiseConv1D", "DepthwiseConv2D")
@@ -80,6 +78,8 @@ def transposed(layer, call, x):
     activate(call, out, layer.activation)
     positions = math.prod(call.lengths(x)) // len(c)
     return Labels(
-        call.spread(out, axis), {"kernel": (*(None,) * layer.rank, out, c), "bias": (out,)}, {"filters": out},
+        call.spread(out, axis),
+        {"kernel": (*(None,) * layer.rank, out, c), "bias": (out,)},
+        {"filters": out},
         positions=positions,
     )

@@ -45,7 +45,7 @@ def einsum_dense(layer, call, x):
     axis = target.index(letter)
     weights = {"kernel": tuple(ids.get(c) for c in kernel)}
     if layer.bias is not None:
-        tail = target[-len(layer.bias.shape):]
+        tail = target[-len(layer.bias.shape) :]
         weights["bias"] = tuple(out if c == letter and n > 1 else None for c, n in zip(tail, layer.bias.shape))
     shape = [layer.partial_output_shape] if isinstance(layer.partial_output_shape, int) else layer.partial_output_shape
     place = axis - (len(target) - len(shape)) if layer.equation.strip().startswith("...") else axis - 1

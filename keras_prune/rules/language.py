@@ -160,15 +160,17 @@ class Call:
 
     def inner(self, operation, axis: int) -> Call:
         """The call of a wrapped operation, which does not see one axis of the first input and of the outputs."""
+
         def without(tensor, lengths):
-            shape = (*lengths[:axis], *lengths[axis + 1:])
+            shape = (*lengths[:axis], *lengths[axis + 1 :])
             return keras.KerasTensor(shape, dtype=tensor.dtype)
 
         x, outer = self.inputs[0].squeeze(axis), self._tensors[0]
         tensor = without(outer, outer.shape)
         made = [without(t, t.shape) for t in self.made]
-        specs = {id(t): without(o, self._specs.get(id(o), o).shape)
-                 for t, o in zip([tensor, *made], [outer, *self.made])}
+        specs = {
+            id(t): without(o, self._specs.get(id(o), o).shape) for t, o in zip([tensor, *made], [outer, *self.made])
+        }
         return Call(operation, (x,), {}, [tensor], [x], made, specs, self._ledger)
 
     def loud(self, ids: Ids) -> None:

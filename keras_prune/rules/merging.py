@@ -44,9 +44,23 @@ def merge(layer, call, *inputs):
     return Labels(_tied(call, extend_in_the_middle=True))
 
 
-@rule("ops.Add", "ops.Subtract", "ops.Multiply", "ops.Maximum", "ops.Minimum", "ops.Where",
-      "ops.Equal", "ops.NotEqual", "ops.Greater", "ops.GreaterEqual", "ops.Less", "ops.LessEqual", "ops.LogicalAnd",
-      "ops.LogicalOr", "ops.LogicalXor")
+@rule(
+    "ops.Add",
+    "ops.Subtract",
+    "ops.Multiply",
+    "ops.Maximum",
+    "ops.Minimum",
+    "ops.Where",
+    "ops.Equal",
+    "ops.NotEqual",
+    "ops.Greater",
+    "ops.GreaterEqual",
+    "ops.Less",
+    "ops.LessEqual",
+    "ops.LogicalAnd",
+    "ops.LogicalOr",
+    "ops.LogicalXor",
+)
 def binary(operation, call, *inputs):
     """Tensors tie; an array constant is cut along with the units it meets."""
     out = _tied(call, extend_in_the_middle=False)

@@ -9,19 +9,52 @@ from keras_prune.rules.conv import channel_axis
 from keras_prune.rules.language import Labels, rule
 
 
-@rule("MaxPooling1D", "MaxPooling2D", "MaxPooling3D", "AveragePooling1D", "AveragePooling2D", "AveragePooling3D",
-      "AdaptiveAveragePooling1D", "AdaptiveAveragePooling2D", "AdaptiveAveragePooling3D", "AdaptiveMaxPooling1D",
-      "AdaptiveMaxPooling2D", "AdaptiveMaxPooling3D", "UpSampling1D", "UpSampling2D", "UpSampling3D", "Resizing",
-      "CenterCrop", "RandomCrop", "RandomFlip", "RandomRotation", "RandomTranslation", "RandomZoom", "RandomShear",
-      "RandomContrast", "RandomBrightness", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D", "ops.MaxPool",
-      "ops.AveragePool", "ops.Resize")
+@rule(
+    "MaxPooling1D",
+    "MaxPooling2D",
+    "MaxPooling3D",
+    "AveragePooling1D",
+    "AveragePooling2D",
+    "AveragePooling3D",
+    "AdaptiveAveragePooling1D",
+    "AdaptiveAveragePooling2D",
+    "AdaptiveAveragePooling3D",
+    "AdaptiveMaxPooling1D",
+    "AdaptiveMaxPooling2D",
+    "AdaptiveMaxPooling3D",
+    "UpSampling1D",
+    "UpSampling2D",
+    "UpSampling3D",
+    "Resizing",
+    "CenterCrop",
+    "RandomCrop",
+    "RandomFlip",
+    "RandomRotation",
+    "RandomTranslation",
+    "RandomZoom",
+    "RandomShear",
+    "RandomContrast",
+    "RandomBrightness",
+    "SpatialDropout1D",
+    "SpatialDropout2D",
+    "SpatialDropout3D",
+    "ops.MaxPool",
+    "ops.AveragePool",
+    "ops.Resize",
+)
 def per_channel(layer, call, x):
     axis = channel_axis(layer)
     return Labels(call.spread(call.along(x, axis), axis))
 
 
-@rule("GlobalAveragePooling1D", "GlobalAveragePooling2D", "GlobalAveragePooling3D", "GlobalMaxPooling1D",
-      "GlobalMaxPooling2D", "GlobalMaxPooling3D")
+@rule(
+    "GlobalAveragePooling1D",
+    "GlobalAveragePooling2D",
+    "GlobalAveragePooling3D",
+    "GlobalMaxPooling1D",
+    "GlobalMaxPooling2D",
+    "GlobalMaxPooling3D",
+)
 def global_pooling(layer, call, x, *mask):
     axis = channel_axis(layer)
     return Labels(call.spread(call.along(x, axis), axis if layer.keepdims else -1))

@@ -39,8 +39,11 @@ def recurrent(layer, call, x, *others):
 def bidirectional(layer, call, x, *others):
     """Two recurrent layers of one width: Keras's own shape rule counts on that, so their cells leave in pairs."""
     parts = {"forward_layer": layer.forward_layer, "backward_layer": layer.backward_layer}
-    if any(find_rule(part) is not recurrent for part in parts.values()) or layer.return_state or (
-            call.kwargs.get("initial_state") is not None):
+    if (
+        any(find_rule(part) is not recurrent for part in parts.values())
+        or layer.return_state
+        or (call.kwargs.get("initial_state") is not None)
+    ):
         return None
     labels = {name: recurrent(part, call, x, *others) for name, part in parts.items()}
     weights = {f"{name}.{path}": axes for name in parts for path, axes in labels[name].weights.items()}

@@ -13,6 +13,7 @@ def _one_axis(call, ids):
     ids = collapse(ids)
     axes = varying(ids)
     if len(axes) > 1:
+
         def lines(axis):
             return np.moveaxis(ids, axis, -1).reshape(-1, ids.shape[axis])
 
@@ -128,8 +129,21 @@ def squeeze(operation, call, x):
     return Labels(x.squeeze(tuple(axes)), config={"axis": lambda _: tuple(axes)} if operation.axis is None else {})
 
 
-@rule("ops.Mean", "ops.Sum", "ops.Max", "ops.Min", "ops.Amax", "ops.Amin", "ops.Any", "ops.All", "ops.Var", "ops.Std",
-      "ops.Prod", "ops.CountNonzero", "ops.Median")
+@rule(
+    "ops.Mean",
+    "ops.Sum",
+    "ops.Max",
+    "ops.Min",
+    "ops.Amax",
+    "ops.Amin",
+    "ops.Any",
+    "ops.All",
+    "ops.Var",
+    "ops.Std",
+    "ops.Prod",
+    "ops.CountNonzero",
+    "ops.Median",
+)
 def reduction(operation, call, x):
     """Over other axes it is a pooling; over the channels it mixes them."""
     axis = operation.axis
@@ -147,8 +161,13 @@ def reduction(operation, call, x):
 
 @rule("ops.Average")
 def average(operation, call, x, *weights):
-    if operation.axis is None or x.shape[operation.axis] > 1 or not varying(x) or any(
-            np.size(w) > 1 for _, w in call.constants()) or any(np.any(w) for w in weights):
+    if (
+        operation.axis is None
+        or x.shape[operation.axis] > 1
+        or not varying(x)
+        or any(np.size(w) > 1 for _, w in call.constants())
+        or any(np.any(w) for w in weights)
+    ):
         for ids in call.inputs:
             call.fence(ids, "averages over its channels, or with weights")
         return Labels(call.frozen())
@@ -167,7 +186,7 @@ def _padded(call, x, amounts):
 
 def _new_amounts(amounts, out, axis):
     line, (before, after) = out.ravel(), amounts[axis]
-    return line[:before], line[len(line) - after:]
+    return line[:before], line[len(line) - after :]
 
 
 @rule("ZeroPadding1D", "ZeroPadding2D", "ZeroPadding3D")
@@ -261,7 +280,7 @@ def get_item(operation, call, x, *_):
     used = sum(p is not None and p is not Ellipsis for p in parts)
     fill = [slice(None)] * (x.ndim - used)
     at = next((i for i, p in enumerate(parts) if p is Ellipsis), None)
-    parts = parts[:at] + fill + parts[at + 1:] if at is not None else parts + fill
+    parts = parts[:at] + fill + parts[at + 1 :] if at is not None else parts + fill
     numbers = [n for p in parts for n in ((p.start, p.stop, p.step) if isinstance(p, slice) else (p,))]
     if not all(n is None or isinstance(n, (int, np.integer)) for n in numbers):
         for ids in call.inputs:
@@ -286,11 +305,14 @@ def get_item(operation, call, x, *_):
                     call.fence(x, "is sliced with a step along its channels")
                     return Labels(call.frozen())
                 call.piece(line[start:stop])
-                new_parts.append(lambda survivors, before=line[:start], inside=line[start:stop]: slice(
-                    survivors(before), survivors(before) + survivors(inside)))
+                new_parts.append(
+                    lambda survivors, before=line[:start], inside=line[start:stop]: slice(
+                        survivors(before), survivors(before) + survivors(inside)
+                    )
+                )
             else:
                 part = int(part) % len(line)
-                call.fence(line[part: part + 1], "is taken out by its number")
+                call.fence(line[part : part + 1], "is taken out by its number")
                 new_parts.append(lambda survivors, before=line[:part]: survivors(before))
             ids_key.append(part)
             changed = True
@@ -299,8 +321,9 @@ def get_item(operation, call, x, *_):
     if not changed:
         return Labels(out)
     position = 1 if len(call.args) > 1 else "key"
-    return Labels(out, arguments={
-        position: lambda survivors: tuple(p(survivors) if callable(p) else p for p in new_parts)})
+    return Labels(
+        out, arguments={position: lambda survivors: tuple(p(survivors) if callable(p) else p for p in new_parts)}
+    )
 
 
 @rule("ops.Take")
@@ -341,7 +364,7 @@ def tile(operation, call, x):
 @rule("ops.DepthToSpace")
 def depth_to_space(operation, call, x):
     """Every output channel comes from block_size ** 2 input channels, which leave together."""
-    axis, blocks = channel_axis(operation), operation.block_size ** 2
+    axis, blocks = channel_axis(operation), operation.block_size**2
     by_block = call.along(x, axis).reshape(blocks, -1)
     call.tie(by_block, by_block[:1])
     return Labels(call.spread(by_block[0], axis))
@@ -350,4 +373,4 @@ def depth_to_space(operation, call, x):
 @rule("ops.SpaceToDepth")
 def space_to_depth(operation, call, x):
     axis = channel_axis(operation)
-    return Labels(call.spread(np.tile(call.along(x, axis), operation.block_size ** 2), axis))
+    return Labels(call.spread(np.tile(call.along(x, axis), operation.block_size**2), axis))

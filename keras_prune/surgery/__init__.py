@@ -11,5 +11,16 @@ from keras_prune.surgery.stripping import (
 )
 from keras_prune.surgery.zeros import dead_units, zero, zero_masks
 
-__all__ = ["StripReport", "check_finite", "checked_inputs", "cut", "dead_units", "model_inputs", "relative_difference",
-           "strip", "zero", "zero_masks", "zeroed"]
+__all__ = [
+    "StripReport",
+    "check_finite",
+    "checked_inputs",
+    "cut",
+    "dead_units",
+    "model_inputs",
+    "relative_difference",
+    "strip",
+    "zero",
+    "zero_masks",
+    "zeroed",
+]

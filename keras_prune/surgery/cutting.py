@@ -9,15 +9,7 @@ import keras
 import numpy as np
 
 from keras_prune.channels import Channels
-from keras_prune.internals import (
-    graph_of,
-    input_layer_of,
-    inputs_of,
-    is_graph,
-    nodes_of,
-    outputs_of,
-    sublayers_of,
-)
+from keras_prune.internals import graph_of, input_layer_of, inputs_of, is_graph, nodes_of, outputs_of, sublayers_of
 from keras_prune.rules import Ids
 from keras_prune.surgery.training import compile_like
 from keras_prune.surgery.zeros import zero_masks
@@ -39,8 +31,10 @@ def cut(channels: Channels, removed: Ids) -> keras.Model:
     """
     removed = np.unique(np.asarray(removed, int))
     if removed.size and (removed[0] < 1 or removed[-1] >= channels.unit_count):
-        raise ValueError(f"removed holds ids {removed[0]}..{removed[-1]}; expected unit ids from 1 to "
-                         f"{channels.unit_count - 1}, as in Channels.groups[k].units.")
+        raise ValueError(
+            f"removed holds ids {removed[0]}..{removed[-1]}; expected unit ids from 1 to "
+            f"{channels.unit_count - 1}, as in Channels.groups[k].units."
+        )
     return _Cut(channels, channels.alive(removed)).model()
 
 
@@ -136,8 +130,9 @@ class _Cut:
             out = self.operation(node.operation)(*args, **kwargs)
             for tensor, new in zip(node.outputs, keras.tree.flatten(out)):
                 values[id(tensor)] = new
-        inputs, outputs = (keras.tree.map_structure(lambda t: values[id(t)], struct)
-                           for struct in (inputs_of(old), outputs_of(old)))
+        inputs, outputs = (
+            keras.tree.map_structure(lambda t: values[id(t)], struct) for struct in (inputs_of(old), outputs_of(old))
+        )
         return _same_class(old, inputs, outputs)
 
     def sequential(self, old) -> keras.Sequential:
@@ -153,8 +148,13 @@ class _Cut:
             if ids.shape[axis] > 1:
                 shape[axis] = int(self.alive[ids.ravel()].sum())
         layer = input_layer_of(tensor)
-        return keras.Input(batch_shape=tuple(shape), dtype=tensor.dtype, sparse=tensor.sparse, name=layer.name,
-                           optional=getattr(layer, "optional", False))
+        return keras.Input(
+            batch_shape=tuple(shape),
+            dtype=tensor.dtype,
+            sparse=tensor.sparse,
+            name=layer.name,
+            optional=getattr(layer, "optional", False),
+        )
 
     # -- weights -------------------------------------------------------------------------------------------------
 
@@ -221,6 +221,8 @@ def _same_class(old, inputs, outputs):
     try:
         return type(old)(inputs=inputs, outputs=outputs, name=old.name)
     except TypeError:
-        warnings.warn(f"{type(old).__name__} cannot be made from (inputs, outputs, name); the result is a plain "
-                      "keras.Model.", stacklevel=5)
+        warnings.warn(
+            f"{type(old).__name__} cannot be made from (inputs, outputs, name); the result is a plain keras.Model.",
+            stacklevel=5,
+        )
         return keras.Model(inputs, outputs, name=old.name)

@@ -39,9 +39,14 @@ class StripReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        proof = "not proved" if self.difference is None else (
-            f"outputs equal to {self.difference:.1e} relative on {self.samples} "
-            f"{'generated' if self.generated else 'given'} samples")
+        proof = (
+            "not proved"
+            if self.difference is None
+            else (
+                f"outputs equal to {self.difference:.1e} relative on {self.samples} "
+                f"{'generated' if self.generated else 'given'} samples"
+            )
+        )
         lines = [f"{self.units} units cut, params {self.params_before:,} -> {self.params_after:,}; {proof}"]
         return "\n".join([*lines, *self.notes])
 
@@ -82,23 +87,33 @@ def strip(model: keras.Model, data=None, *, check: bool = True, report: bool = F
                 f"The stripped model's outputs differ by {difference:.1e} relative (allowed: {limit:.0e}), so it is "
                 "not returned. A rule labels some layer wrongly: please report the model, or protect its layers."
             )
-    result = StripReport(len(removed), model.count_params(), small.count_params(), difference,
-                         len(keras.tree.flatten(batch)[0]), data is None, notes)
+    result = StripReport(
+        len(removed),
+        model.count_params(),
+        small.count_params(),
+        difference,
+        len(keras.tree.flatten(batch)[0]),
+        data is None,
+        notes,
+    )
     return (small, result) if report else small
 
 
 def _is_float32(model) -> bool:
     """float16 and bfloat16 layers round at 1e-3 and 1e-2; the proof has to allow that."""
-    return all(keras.backend.standardize_dtype(layer.compute_dtype) in ("float32", "float64")
-               for layer in layers_of(model))
+    return all(
+        keras.backend.standardize_dtype(layer.compute_dtype) in ("float32", "float64") for layer in layers_of(model)
+    )
 
 
 def check_finite(model) -> None:
     """Raise on NaN or infinite weights, naming the first."""
     for variable in model.weights:
         if "float" in str(variable.dtype) and not np.isfinite(keras.ops.convert_to_numpy(variable)).all():
-            raise ValueError(f"Weight {variable.path} holds NaN or infinite numbers; training has diverged. Load an "
-                             "earlier checkpoint before pruning.")
+            raise ValueError(
+                f"Weight {variable.path} holds NaN or infinite numbers; training has diverged. Load an "
+                "earlier checkpoint before pruning."
+            )
 
 
 def model_inputs(model, samples: int = 2, seed: int = 0, length: int = 32):
@@ -122,23 +137,31 @@ def checked_inputs(model, data):
     """`data` if it fits the model's inputs, else a ValueError that says how."""
     tensors, arrays = keras.tree.flatten(inputs_of(model)), keras.tree.flatten(data)
     if len(tensors) != len(arrays):
-        raise ValueError(f"data holds {len(arrays)} arrays, but the model has {len(tensors)} inputs: "
-                         f"{[t.name for t in tensors]}.")
+        raise ValueError(
+            f"data holds {len(arrays)} arrays, but the model has {len(tensors)} inputs: {[t.name for t in tensors]}."
+        )
     for tensor, array in zip(tensors, arrays):
         shape = tuple(getattr(array, "shape", ()))
         fits = len(shape) == len(tensor.shape) and all(
-            want is None or got == want for got, want in zip(shape[1:], tensor.shape[1:]))
+            want is None or got == want for got, want in zip(shape[1:], tensor.shape[1:])
+        )
         if not fits or shape[0] == 0:
-            raise ValueError(f"data for input {tensor.name!r} has shape {shape}; expected (samples, "
-                             f"{', '.join(str(d) for d in tensor.shape[1:])}) with at least one sample.")
+            raise ValueError(
+                f"data for input {tensor.name!r} has shape {shape}; expected (samples, "
+                f"{', '.join(str(d) for d in tensor.shape[1:])}) with at least one sample."
+            )
     return data
 
 
 def relative_difference(a, b, inputs) -> float:
     """max |a(x) - b(x)| / max |a(x)|, the worst of all outputs; infinite if a number is not finite. Inference mode."""
     worst = 0.0
-    outputs = [keras.tree.flatten(model(keras.tree.pack_sequence_as(inputs_of(model), keras.tree.flatten(inputs)),
-                                        training=False)) for model in (a, b)]
+    outputs = [
+        keras.tree.flatten(
+            model(keras.tree.pack_sequence_as(inputs_of(model), keras.tree.flatten(inputs)), training=False)
+        )
+        for model in (a, b)
+    ]
     for x, y in zip(*outputs):
         x, y = (keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in (x, y))
         if x.shape != y.shape:
