@@ -141,7 +141,6 @@ def squeeze(operation, call, x):
     "ops.Var",
     "ops.Std",
     "ops.Prod",
-    "ops.CountNonzero",
     "ops.Median",
 )
 def reduction(operation, call, x):
@@ -154,7 +153,7 @@ def reduction(operation, call, x):
     if any(x.shape[a] > 1 for a in axes):
         call.fence(x, "reduces over its channels")
         return Labels(call.frozen())
-    if type(operation).__name__ in ("Std", "Prod", "Any", "All", "CountNonzero"):
+    if type(operation).__name__ in ("Std", "Prod", "Any", "All"):
         call.fence(x, "is not smooth at 0")
     return Labels(x if operation.keepdims else x.squeeze(tuple(axes)))
 
