@@ -18,12 +18,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not hasattr(given, "run"):
         parser.print_help()
         return 2
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # a program may quiet its backend; the library never does
     try:
+        _start_backend()
         return given.run(given)
     except (ValueError, TypeError, OSError) as error:
         print(f"keras-prune: {error}", file=sys.stderr)
         return 2
+
+
+def _start_backend() -> None:
+    """Load Keras with its backend's greetings (CPU features, missing GPUs) kept off the terminal.
+
+    A program may do that; the library never touches the environment or the streams.
+    """
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with open(os.devnull, "wb") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            import keras
+
+            keras.ops.zeros(())  # the search for devices is what complains
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -122,14 +122,20 @@ class Pruner(keras.callbacks.Callback):
             logs.update(self.figures())
 
     def on_train_end(self, logs=None):
-        """Averaged or restored weights may have brought small values back: the held zeros are written once more."""
-        held = [
-            (w.variable, w.variable.constraint.mask)
-            for w in self.channels.weights
-            if isinstance(w.variable.constraint, KeepZeros)
-        ]
-        for variable, mask in held:
-            _multiply(variable, keras.ops.convert_to_numpy(mask))
+        """Averaged or restored weights may have brought values back: the held zeros are written once more."""
+        back = False
+        for weight in self.channels.weights:
+            if isinstance(weight.variable.constraint, KeepZeros):
+                mask = keras.ops.convert_to_numpy(weight.variable.constraint.mask)
+                back |= bool(np.any(keras.ops.convert_to_numpy(weight.variable)[mask == 0]))
+                _multiply(weight.variable, mask)
+        if back:
+            warnings.warn(
+                f"{type(self).__name__}: pruned weights were no longer zero at the end of training (restored or averaged "
+                "weights); they are zero again. With EarlyStopping(restore_best_weights=True) set start_from_epoch to "
+                "the end of the schedule, so that the best epoch is one of the pruned network.",
+                stacklevel=2,
+            )
 
     # -- the work ------------------------------------------------------------------------------------------------
 

@@ -168,6 +168,17 @@ def test_soft_pruning_that_is_stopped_early_still_ends_with_zeros():
     assert len(pruning.removed) >= 8 and units_of(model) == set(pruning.removed.tolist())
 
 
+def test_early_stopping_that_restores_an_unpruned_epoch_is_warned_of_and_the_zeros_come_back():
+    model = compiled(OPTIMIZERS["momentum"]())
+    stopping = keras.callbacks.EarlyStopping("sparsity", mode="min", patience=2, restore_best_weights=True)
+    pruning = FilterPruning({1: 0.5})
+    report = keras.callbacks.LambdaCallback(on_epoch_end=lambda epoch, logs: logs.update(pruning.figures()))
+    with pytest.warns(UserWarning, match="start_from_epoch"):
+        history = fit(model, report, stopping, pruning, epochs=9)
+    assert len(history["loss"]) == 3  # epoch 0 was the best: nothing was pruned in it
+    assert len(pruning.removed) >= 8 and units_of(model) == set(pruning.removed.tolist())
+
+
 def test_logs_reach_history_csv_and_checkpoint_names(tmp_path):
     model = compiled()
     pruning = FilterPruning(0.5)
