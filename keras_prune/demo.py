@@ -25,22 +25,22 @@ from keras_prune.surgery import strip
 def small_resnet(shape: tuple[int, ...], classes: int, widths: tuple[int, ...] = (32, 64, 128)) -> keras.Model:
     """A residual CNN that takes raw images 0..255: a convolution, a pooling, one block per width, logits."""
 
-    def conv(x, width, taps, strides=1):
-        x = layers.Conv2D(width, taps, strides=strides, padding="same", use_bias=False)(x)
-        return layers.BatchNormalization(momentum=0.9)(x)
+    def conv(x, name, width, taps, strides=1):
+        x = layers.Conv2D(width, taps, strides=strides, padding="same", use_bias=False, name=name)(x)
+        return layers.BatchNormalization(momentum=0.9, name=f"{name}_norm")(x)
 
     inputs = keras.Input(shape, name="image")
-    x = layers.Rescaling(1 / 127.5, offset=-1.0)(inputs)
-    x = layers.ReLU()(conv(x, widths[0], 3))
-    x = layers.MaxPooling2D()(x)
-    for number, width in enumerate(widths):
-        strides = 2 if number else 1
-        y = layers.ReLU()(conv(x, width, 3, strides))
-        y = conv(y, width, 3)
-        if number:
-            x = conv(x, width, 1, strides)
-        x = layers.ReLU()(layers.Add()([x, y]))
-    x = layers.GlobalAveragePooling2D()(x)
+    x = layers.Rescaling(1 / 127.5, offset=-1.0, name="scale")(inputs)
+    x = layers.ReLU(name="stem_relu")(conv(x, "stem", widths[0], 3))
+    x = layers.MaxPooling2D(name="stem_pool")(x)
+    for number, width in enumerate(widths, 1):
+        block, strides = f"block{number}", 1 if number == 1 else 2
+        y = layers.ReLU(name=f"{block}_relu1")(conv(x, f"{block}_conv1", width, 3, strides))
+        y = conv(y, f"{block}_conv2", width, 3)
+        if number > 1:
+            x = conv(x, f"{block}_shortcut", width, 1, strides)
+        x = layers.ReLU(name=f"{block}_relu2")(layers.Add(name=f"{block}_add")([x, y]))
+    x = layers.GlobalAveragePooling2D(name="pool")(x)
     return keras.Model(inputs, layers.Dense(classes, name="logits")(x), name="small_resnet")
 
 

@@ -131,7 +131,7 @@ class Pruner(keras.callbacks.Callback):
                 _multiply(weight.variable, mask)
         if back:
             warnings.warn(
-                f"{type(self).__name__}: pruned weights were no longer zero at the end of training (restored or averaged "
+                f"{type(self).__name__}: pruned weights were no longer zero when training ended (restored or averaged "
                 "weights); they are zero again. With EarlyStopping(restore_best_weights=True) set start_from_epoch to "
                 "the end of the schedule, so that the best epoch is one of the pruned network.",
                 stacklevel=2,

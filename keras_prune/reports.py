@@ -40,15 +40,20 @@ def layer_widths(model: keras.Model) -> dict[str, int]:
     return widths
 
 
+def paired_widths(before: keras.Model, after: keras.Model) -> list[tuple[str, int, int]]:
+    """(layer, width before, width after): by name, or by place where names were given automatically and differ."""
+    old, new = layer_widths(before), layer_widths(after)
+    if set(old) != set(new) and len(old) == len(new):
+        return [(name, width, other) for (name, width), other in zip(old.items(), new.values())]
+    return [(name, old[name], new[name]) for name in old if name in new]
+
+
 def compare(before: keras.Model, after: keras.Model) -> str:
     """Params, MACs, activation bytes, and the widths that differ."""
     a, b = Channels(before), Channels(after)
-    rows = [
-        (name, measure(a, ()), measure(b, ()), "count")
-        for name, measure in (("params", metrics.params), ("MACs", metrics.macs), ("activation bytes", metrics.memory))
-    ]
-    old, new = layer_widths(before), layer_widths(after)
-    changed = [(name, old[name], new[name], "count") for name in old if name in new and old[name] != new[name]]
+    measures = (("params", metrics.params), ("MACs", metrics.macs), ("activation bytes", metrics.memory))
+    rows = [(name, measure(a, ()), measure(b, ()), "count") for name, measure in measures]
+    changed = [(name, old, new, "count") for name, old, new in paired_widths(before, after) if old != new]
     return before_after(rows + changed)
 
 
@@ -56,20 +61,19 @@ def plot_widths(before: keras.Model, after: keras.Model, path: str | Path) -> No
     """A PNG with one bar per layer: its width before, and how much of it is left."""
     from matplotlib.figure import Figure  # the object interface: no global state, no display
 
-    old, new = layer_widths(before), layer_widths(after)
-    names = [name for name in old if name in new]
-    figure = Figure(figsize=(8, 1.2 + 0.28 * len(names)), layout="constrained")
+    pairs = paired_widths(before, after)
+    figure = Figure(figsize=(8, 1.6 + 0.28 * len(pairs)), layout="constrained")
     axes = figure.add_subplot()
-    places = range(len(names))
-    axes.barh(places, [old[n] for n in names], color="#d5dae2", label="before")
-    axes.barh(places, [new[n] for n in names], color="#2f6db5", label="after")
-    for place, name in zip(places, names):
-        axes.text(old[name], place, f" {old[name]} → {new[name]}", va="center", fontsize=8)
-    axes.set_yticks(list(places), names, fontsize=8)
+    places = range(len(pairs))
+    axes.barh(places, [old for _, old, _ in pairs], color="#d5dae2", label="before")
+    axes.barh(places, [new for _, _, new in pairs], color="#2f6db5", label="after")
+    for place, (_, old, new) in zip(places, pairs):
+        axes.text(old, place, f" {old} → {new}" if new != old else f" {old}", va="center", fontsize=8)
+    axes.set_yticks(list(places), [name for name, _, _ in pairs], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel("output channels")
-    axes.set_xlim(0, 1.15 * max((old[n] for n in names), default=1))
+    axes.set_xlim(0, 1.15 * max((old for _, old, _ in pairs), default=1))
     axes.set_title(f"{before.name}: width of each layer")
-    axes.legend(loc="lower right", frameon=False)
     axes.spines[["top", "right"]].set_visible(False)
+    figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)

@@ -45,9 +45,27 @@ def test_the_figures_are_those_of_the_files(finished):
     assert "accuracy, int8 .tflite" in said and "ms, float32 .tflite" in said
 
 
-def test_the_picture_is_one(finished):
-    with Image.open(finished[0] / "widths.png") as picture:
-        assert picture.size[0] > 500 and len(picture.convert("L").getcolors(256) or range(256)) > 10
+def test_the_picture_shows_every_layer_with_its_two_widths(finished, monkeypatch):
+    from matplotlib.axes import Axes
+
+    folder, figures, said = finished
+    written = []
+    original = Axes.text
+    monkeypatch.setattr(Axes, "text", lambda self, x, y, s, **k: written.append(s) or original(self, x, y, s, **k))
+    dense, small = (keras.saving.load_model(folder / f"{name}.keras") for name in ("dense", "small"))
+    reports.plot_widths(dense, small, folder / "again.png")
+    assert len(written) == 10 and sum("→" in text for text in written) == 9  # all but the logits
+    with Image.open(folder / "again.png") as picture:
+        assert picture.size[0] > 500
+    (folder / "again.png").unlink()
+
+
+def test_layers_with_automatic_names_are_paired_by_place():
+    def net(width):
+        inputs = keras.Input((4,))
+        return keras.Model(inputs, keras.layers.Dense(2)(keras.layers.Dense(width)(inputs)))
+
+    assert [(old, new) for _, old, new in reports.paired_widths(net(8), net(4))] == [(8, 4), (2, 2)]
 
 
 def test_widths_of_layers_are_their_output_channels():
