@@ -144,7 +144,12 @@ def load_model(path: str, unsafe: bool = False):
     if Path(path).suffix not in (".keras", ".h5", ".hdf5"):
         raise ValueError(f"{path}: expected a .keras or .h5 file.")
     try:
-        return keras.saving.load_model(path, safe_mode=not unsafe)
+        try:
+            return keras.saving.load_model(path, safe_mode=not unsafe)
+        except (TypeError, ValueError):  # a loss or metric of the user's own: the network itself may well load
+            model = keras.saving.load_model(path, safe_mode=not unsafe, compile=False)
+            print(f"keras-prune: {path} was loaded without its loss and optimizer (custom ones?)", file=sys.stderr)
+            return model
     except Exception as error:  # whatever a broken or foreign file raises
         text = str(error)
         first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__

@@ -127,7 +127,7 @@ def _from_tfds(name: str, data_dir: str | None, say) -> Images:
     try:
         train, test = tfds.load(name, split=["train", "test"], download=False, **arguments)
     except AssertionError:  # tfds's way to say that nothing is prepared there
-        size = tfds.builder(name, data_dir=data_dir).info.download_size
+        size = str(tfds.builder(name, data_dir=data_dir).info.download_size).replace("Unknown size", "it")
         say(
             f"{name} is not in {data_dir or '~/tensorflow_datasets'}: downloading {size} with tensorflow_datasets. "
             "A local copy is used with --data-dir."

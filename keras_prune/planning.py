@@ -8,6 +8,7 @@ from __future__ import annotations
 import fnmatch
 import json
 import math
+import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -167,8 +168,8 @@ def plan(
         >>> print(plan(model, 0.5, measure="macs", criterion="fpgm"))     # doctest: +SKIP
         >>> small = plan(model, 0.5, measure="macs", criterion="fpgm").cut()     # doctest: +SKIP
     """
-    schedules.check_sparsity(sparsity, "plan")
-    if isinstance(round_to, bool) or not isinstance(round_to, int) or round_to < 1:
+    sparsity = schedules.check_sparsity(sparsity, "plan")
+    if isinstance(round_to, bool) or not isinstance(round_to, numbers.Integral) or round_to < 1:
         raise ValueError(f"round_to={round_to!r} was passed to plan; expected a whole number from 1 up, for example 8.")
     measure_function, budget_function = metrics.get(measure), budgets.get(budget)
     criterion_function = criteria.get(criterion, seed)
@@ -186,9 +187,10 @@ def plan(
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(f"protect={list(protect)!r} leaves nothing to prune; protect fewer layers.")
-    choice = _Choice(channels, free, [scores[g.index] for g in free], budget_function, measure_function, round_to)
+    free_scores = [scores[g.index] for g in free]
+    choice = _Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
-    removed = np.union1d(choice.removed(counts), np.asarray(already, int))
+    removed = choice.removed(counts)
     reached = choice.sparsity(counts)
     notes += choice.explain(sparsity, reached, largest)
     if channels.uncounted:
@@ -313,9 +315,10 @@ def _normalised(scores, group: Group, n: int) -> np.ndarray:
 class _Choice:
     """The search for the widths: how many units of each group stay, on the grid, to meet the sparsity."""
 
-    def __init__(self, channels, groups, scores, budget, measure, round_to):
+    def __init__(self, channels, groups, scores, budget, measure, round_to, already):
         self.channels, self.groups, self.scores = channels, groups, scores
         self.budget, self.measure, self.round_to = budget, measure, round_to
+        self.already = np.asarray(already, int)  # also units of protected groups
         self.total = float(measure(channels, ()))
         if not self.total > 0:
             raise ValueError(f"The measure of the whole model is {self.total}; expected a number above 0.")
@@ -343,7 +346,7 @@ class _Choice:
 
     def removed(self, counts: list[int]) -> Ids:
         parts = [g.units[o[: len(g) - n]] for g, o, n in zip(self.groups, self.orders, counts)]
-        return np.sort(np.concatenate(parts)) if parts else np.zeros(0, int)
+        return np.union1d(np.concatenate(parts), self.already).astype(int)
 
     def sparsity(self, counts: list[int]) -> float:
         return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total

@@ -6,6 +6,7 @@ the weights themselves: an ordinary checkpoint carries them, and `strip` reads t
 
 from __future__ import annotations
 
+import numbers
 import warnings
 from collections.abc import Mapping, Sequence
 
@@ -52,7 +53,7 @@ class Pruner(keras.callbacks.Callback):
     def __init__(self, *, every: int = 1, unit: str = "epoch"):
         super().__init__()
         name = type(self).__name__
-        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+        if isinstance(every, bool) or not isinstance(every, numbers.Integral) or every < 1:
             raise ValueError(f"every={every!r} was passed to {name}; expected a whole number of steps, from 1 up.")
         if unit not in ("epoch", "batch"):
             raise ValueError(f"unit={unit!r} was passed to {name}; known: 'batch', 'epoch'.")

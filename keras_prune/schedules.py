@@ -7,6 +7,7 @@ end is no multiple of its frequency.
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -154,7 +155,7 @@ def get(sparsity: float | Mapping[int, float] | Schedule) -> Schedule:
         return sparsity
     if isinstance(sparsity, Mapping):
         return steps(sparsity)
-    if isinstance(sparsity, (int, float)) and not isinstance(sparsity, bool):
+    if isinstance(sparsity, numbers.Real) and not isinstance(sparsity, bool):
         return constant(check_sparsity(sparsity))
     raise TypeError(
         f"sparsity={sparsity!r} is a {type(sparsity).__name__}; expected a number in [0, 1), "
@@ -164,7 +165,7 @@ def get(sparsity: float | Mapping[int, float] | Schedule) -> Schedule:
 
 def check_sparsity(sparsity: float, where: str = "") -> float:
     """The number itself if it lies in [0, 1)."""
-    if isinstance(sparsity, bool) or not isinstance(sparsity, (int, float)) or not 0 <= sparsity < 1:
+    if isinstance(sparsity, bool) or not isinstance(sparsity, numbers.Real) or not 0 <= sparsity < 1:
         raise ValueError(
             f"sparsity={sparsity!r} was passed{' to ' + where if where else ''}; expected a number in [0, 1): "
             "the fraction removed. To keep 20 % write sparsity=0.8."

@@ -96,6 +96,17 @@ def test_a_truncated_file_is_named_and_nothing_is_written(saved, tmp_path, capsy
     assert [p.name for p in tmp_path.iterdir()] == ["cut.keras"]
 
 
+def test_a_custom_loss_does_not_keep_the_network_from_being_pruned(tmp_path, capsys):
+    def my_loss(y, p):
+        return keras.ops.mean(keras.ops.square(y - p))
+
+    model = residual_net(widths=(16, 16))
+    model.compile("adam", my_loss)
+    model.save(tmp_path / "model.keras")
+    code, _, err = run(capsys, "prune", tmp_path / "model.keras", tmp_path / "small.keras", "--sparsity", 0.3)
+    assert code == 0 and "without its loss" in err and (tmp_path / "small.keras").exists()
+
+
 def test_a_custom_class_is_named(tmp_path, capsys):
     class Odd(layers.Layer):
         def call(self, x):

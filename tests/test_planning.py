@@ -133,6 +133,12 @@ def test_a_user_function_is_criterion_budget_and_measure():
     assert decision.totals["width_of_conv1"] == (32, 16)
 
 
+def test_numpy_numbers_are_numbers():
+    model = plain_net(32, 32)
+    decision = plan(model, np.float32(0.5), round_to=np.int64(8))
+    assert np.array_equal(decision.removed, plan(model, 0.5).removed) and json.loads(decision.to_json())["asked"] == 0.5
+
+
 def test_scores_do_not_depend_on_the_scale_of_a_layer():
     model = plain_net(32, 32)
     first = plan(model, 0.3, round_to=1).removed

@@ -22,7 +22,7 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
     arguments = compile_arguments_of(old)
     for key in ("metrics", "weighted_metrics"):
         arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
-    arguments["optimizer"] = sliced_optimizer(old.optimizer, new, variables, sliced)
+    arguments["optimizer"] = sliced_optimizer(old.optimizer, variables, sliced)
     new.compile(**arguments)
 
 
@@ -36,7 +36,7 @@ def _fresh_metric(metric):
         return copy.deepcopy(metric)
 
 
-def sliced_optimizer(old, new_model: keras.Model, variables: dict, sliced):
+def sliced_optimizer(old, variables: dict, sliced):
     """The same optimizer for the smaller model: step count, learning rate, momenta."""
     new = type(old).from_config(old.get_config())
     if not old.built:
