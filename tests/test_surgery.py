@@ -443,6 +443,21 @@ class Forgetful(layers.Layer):
         return x * self.n
 
 
+def test_own_activations_and_initializers_need_no_registration():
+    def own_activation(x):
+        return keras.ops.tanh(x) * 0.5
+
+    class OwnInitializer(keras.initializers.Initializer):
+        def __call__(self, shape, dtype=None):
+            return keras.random.normal(shape, seed=1, dtype=dtype)
+
+    inputs = keras.Input((4,))
+    x = layers.Dense(16, activation=own_activation, kernel_initializer=OwnInitializer())(inputs)
+    model = keras.Model(inputs, layers.Dense(2)(layers.Activation(own_activation)(x)))
+    small = keras_prune.prune(model, 0.5)
+    assert small.layers[1].units == 8 and small.layers[2].activation is own_activation
+
+
 def test_a_layer_that_cannot_be_rebuilt_is_named():
     inputs = image()
     model = keras.Model(inputs, head(conv(4)(Forgetful(2, name="forgetful")(conv(4)(inputs)))))

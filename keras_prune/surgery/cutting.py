@@ -109,7 +109,8 @@ class _Cut:
                 place[key] = value.tolist() if isinstance(value, np.ndarray) else value
             if type(old) is keras.layers.Lambda:  # its function is here, no need to read it from code
                 return keras.layers.Lambda(**{**config, "function": old.function})
-            return type(old).from_config(config)
+            with keras.saving.custom_object_scope(_own_objects(old)):
+                return type(old).from_config(config)
         except Exception as error:
             raise ValueError(
                 f"Layer {old.name!r} ({type(old).__name__}) cannot be rebuilt from its config: {error}. Give it a "
@@ -200,6 +201,16 @@ class _Cut:
         for old, new in reversed(list(self.new.values())):
             if isinstance(old, keras.layers.Layer):
                 _copy_flags(old, new)
+
+
+def _own_objects(layer) -> dict:
+    """The functions and classes a layer holds, by name: a user's own activation needs no registration to be copied."""
+    found = {}
+    for value in vars(layer).values():
+        for item in (value, type(value)):
+            if callable(item) and getattr(item, "__module__", "builtins") != "builtins" and hasattr(item, "__name__"):
+                found[item.__name__] = found[keras.saving.get_registered_name(item)] = item
+    return found
 
 
 def _unbuilt(config):
