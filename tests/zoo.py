@@ -1033,4 +1033,9 @@ for logical in ("logical_or", "logical_xor"):
     through(f"{logical}_of_two", lambda x, f=logical: ops.cast(getattr(ops, f)(x > 0.5, x < -0.5), "float32"))
 
 
+# What Keras 3.15 itself cannot run on another backend, pruned or not.
+UNABLE = {"torch": ("pad_channels_reflect", "layer_norm_space"), "jax": ("max_pool_op", "attention_cross")}
+for unable in UNABLE.get(keras.backend.backend(), ()):
+    del BUILDERS[unable], FACTS[unable]
+
 ZOO: dict[str, Callable[[], tuple]] = {name: (lambda n=name: build(n)) for name in BUILDERS}
