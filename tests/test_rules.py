@@ -121,6 +121,19 @@ def test_what_costs_nothing_is_no_fence():
     assert channels.fences == [] and [len(g) for g in channels.groups] == [8]
 
 
+@pytest.mark.parametrize("called_before", [False, True])
+def test_a_layer_with_weights_given_as_activation_is_a_fence_and_is_left_alone(called_before):
+    model = keras.Sequential([keras.Input((8,)), layers.Dense(16, activation=layers.PReLU(), name="first")])
+    model.add(layers.Dense(32))
+    model.add(layers.Dense(2))
+    x = np.ones((2, 8), "float32")
+    if called_before:
+        model(x)
+    small = keras_prune.prune(model, 0.4)
+    assert small.get_layer("first").units == 16 and small.layers[1].units < 32
+    assert small(x).shape == model(x).shape == (2, 2)  # its PReLU was not built for other shapes
+
+
 def test_lora_is_a_fence():
     inputs = keras.Input((6,))
     model = keras.Model(inputs, layers.Dense(3)(layers.Dense(8, name="low")(layers.Dense(5)(inputs))))

@@ -18,9 +18,19 @@ def elementwise(function) -> tuple[bool, bool]:
     Changing one channel must change no other, exchanging two channels must exchange the results, and f(0) must
     be finite. So a softmax is found out, and so is a user's own function that mixes channels.
     """
-    if function in _KNOWN:
+    if isinstance(function, keras.layers.Layer):  # the user's layer itself must not be built for six channels
+        copy = type(function).from_config(function.get_config())
+        answer = _tried(copy)
+        return (False, False) if copy.weights or function.weights else answer
+    try:
+        if function not in _KNOWN:
+            _KNOWN[function] = _tried(function)
         return _KNOWN[function]
+    except TypeError:  # a callable that cannot be remembered
+        return _tried(function)
 
+
+def _tried(function) -> tuple[bool, bool]:
     def run(x):
         return keras.ops.convert_to_numpy(function(keras.ops.convert_to_tensor(x)))
 
@@ -37,11 +47,9 @@ def elementwise(function) -> tuple[bool, bool]:
             and np.allclose(y[:, ::-1], y_swapped, rtol=1e-5, atol=1e-6)
             and bool(np.isfinite(zero).all())
         )
-        answer = (alone, alone and not zero.any())
+        return alone, alone and not zero.any()
     except Exception:  # a function that cannot take six channels is no elementwise function
-        answer = (False, False)
-    _KNOWN[function] = answer
-    return answer
+        return False, False
 
 
 def activate(call, ids, function) -> None:
@@ -51,7 +59,7 @@ def activate(call, ids, function) -> None:
     alone, silent = elementwise(function)
     if not alone:
         name = getattr(function, "__name__", type(function).__name__)
-        call.fence(ids, f"the activation {name} mixes channels or is not finite at 0")
+        call.fence(ids, f"the activation {name} mixes channels, has weights of its own, or is not finite at 0")
     elif not silent:
         call.loud(ids)
 

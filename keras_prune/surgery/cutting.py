@@ -171,6 +171,9 @@ class _Cut:
     def copy_weights(self, old, new) -> None:
         if not isinstance(old, keras.layers.Layer) or is_graph(old):
             return
+        for before, after in zip(sublayers_of(old), sublayers_of(new)):
+            if before.built and not after.built:  # a layer given as activation is built when it first sees numbers
+                after.build_from_config(before.get_build_config() or {})
         old_variables, new_variables = old.variables, new.variables
         if len(old_variables) != len(new_variables):
             raise ValueError(
