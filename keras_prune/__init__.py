@@ -26,6 +26,7 @@ _HOMES = {
     "FilterPruning": "pruners",
     "GradualPruning": "pruners",
     "Pruner": "pruners",
+    "release": "pruners",
     "recalibrate_batchnorm": "recalibration",
 }
 _MODULES = (
@@ -40,7 +41,6 @@ _MODULES = (
     "rules",
     "schedules",
     "surgery",
-    "theory",
     "reports",
     "datasets",
 )

@@ -65,7 +65,7 @@ def get(budget: str | Budget) -> Budget:
     """
     if callable(budget):
         return budget
-    if budget not in BUDGETS:
+    if not isinstance(budget, str) or budget not in BUDGETS:
         raise ValueError(
             f"budget={budget!r} is not known. Known: {', '.join(sorted(BUDGETS))}. "
             "Or pass a function (scores, amount) -> removed."

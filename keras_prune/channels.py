@@ -293,11 +293,20 @@ class Channels:
         return self._argument_edits.get(id(node), {})
 
     def alive(self, removed: Ids) -> np.ndarray:
-        """Shape (unit_count,), True = stays."""
+        """Shape (unit_count,), True = stays.
+
+        Raises:
+            ValueError: `removed` holds something other than ids of this model's units.
+        """
+        ids = np.asarray(removed)
+        whole = ids.size == 0 or (ids.ndim == 1 and np.issubdtype(ids.dtype, np.integer))
+        if not whole or (ids.size and not 0 < ids.min() <= ids.max() < self.unit_count):
+            raise ValueError(
+                f"removed={repr(removed)[:80]} was passed; expected unit ids, whole numbers from 1 to "
+                f"{self.unit_count - 1} as in Channels.groups[k].units (0 is the frozen unit)."
+            )
         alive = np.ones(self.unit_count, bool)
-        alive[np.asarray(removed, int)] = False
-        if not alive[0]:
-            raise ValueError("removed holds unit 0, the frozen one; expected ids from Channels.groups[k].units.")
+        alive[ids.astype(int)] = False
         return alive
 
     def rows(self, group: Group, values=None, members: list[Member] | None = None) -> np.ndarray:

@@ -256,6 +256,8 @@ def _inspect(given) -> int:
 def _planned(given):
     from keras_prune import plan
 
+    if given.criterion == "taylor":
+        raise ValueError("criterion taylor needs labelled data: call keras_prune.plan(model, data=(x, y)) in Python.")
     return plan(
         load_model(given.model, given.unsafe),
         given.sparsity,

@@ -106,7 +106,7 @@ def get(criterion: str | Criterion, seed: int | None = None) -> Criterion:
     """
     if callable(criterion):
         return criterion
-    if criterion not in CRITERIA:
+    if not isinstance(criterion, str) or criterion not in CRITERIA:
         raise ValueError(
             f"criterion={criterion!r} is not known. Known: {', '.join(sorted(CRITERIA))}. "
             "Or pass a function (units, features) -> (units,)."

@@ -76,3 +76,13 @@ def compile_arguments_of(model) -> dict:
 def variables_of(optimizer) -> list:
     """The variables a built optimizer has slots for."""
     return optimizer._trainable_variables
+
+
+def decays(optimizer, variable) -> bool:
+    """Whether the optimizer's weight decay acts on a variable."""
+    return optimizer._use_weight_decay(variable)
+
+
+def seeds_of(model) -> list:
+    """The states of all random number generators inside a model."""
+    return [v for layer in layers_of(model) for v in layer.variables if v.name == "seed_generator_state"]

@@ -69,7 +69,7 @@ def get(measure: str | Measure) -> Measure:
     """
     if callable(measure):
         return measure
-    if measure not in MEASURES:
+    if not isinstance(measure, str) or measure not in MEASURES:
         raise ValueError(
             f"measure={measure!r} is not known. Known: {', '.join(sorted(MEASURES))}. "
             "Or pass a function (channels, removed) -> number."

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import fnmatch
 import json
-import math
 import numbers
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,9 +16,11 @@ import numpy as np
 
 from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels, Group
+from keras_prune.internals import layers_of
 from keras_prune.probes import gradient_times_weight
 from keras_prune.rules import Fence, Ids
-from keras_prune.surgery import check_finite, cut, zeroed
+from keras_prune.surgery import check_finite, cut, dead_units, zeroed
+from keras_prune.widths import Choice
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ class Plan:
             "fences": [vars(f) for f in self.fences],
             "notes": self.notes,
         }
-        return json.dumps(content, indent=1)
+        return json.dumps(content, indent=1, default=float)  # numpy numbers of a user's own measure
 
     def __str__(self) -> str:
         lines = [f"Plan for {self.channels.model.name}: {self.sentence}", ""]
@@ -140,7 +141,7 @@ def plan(
     protect: Sequence[str | keras.layers.Layer] = (),
     data=None,
     seed: int | None = None,
-    already: Ids = (),
+    already: Ids | None = None,
 ) -> Plan:
     """Decide which units leave. Changes nothing.
 
@@ -156,7 +157,8 @@ def plan(
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
         data: labelled data for "taylor": (x, y) arrays or an iterable of such batches.
         seed: for "random".
-        already: ids of units that are removed in any case (pruning goes on where it stopped). They count as removed.
+        already: ids of units that are removed in any case (pruning goes on where it stopped); they count as removed.
+            Default: those whose weights are all zero in the model.
 
     Returns:
         A Plan. The sparsity is met within one rounding step of one group, or a note says why not.
@@ -182,13 +184,14 @@ def plan(
         )
     notes: list[str] = []
     reasons = _protected(channels, protect)
+    already = dead_units(channels, strict=True) if already is None else already
     alive = channels.alive(already)
     scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(f"protect={list(protect)!r} leaves nothing to prune; protect fewer layers.")
     free_scores = [scores[g.index] for g in free]
-    choice = _Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
+    choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
     removed = choice.removed(counts)
     reached = choice.sparsity(counts)
@@ -233,34 +236,39 @@ def _totals(measure) -> dict[str, metrics.Measure]:
 def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
     leaves = np.isin(group.units, removed)
     layers = tuple(dict.fromkeys(m.weight.layer.name for m in group.producers)) or ("(constant channels)",)
-    kept, gone = (
-        (None, None)
-        if scores is None or not leaves.any()
-        else (float(scores[~leaves].min()), float(scores[leaves].max()))
-    )
+    kept = gone = None
+    if scores is not None and (leaves & np.isfinite(scores)).any():  # not those that were gone before
+        kept, gone = float(scores[~leaves].min()), float(scores[leaves].max())
     return GroupPlan(layers, len(group) * group.slices, int((~leaves).sum()) * group.slices, kept, gone, note)
 
 
 def _protected(channels: Channels, protect) -> dict[int, str]:
-    """Group index -> why it stays."""
-    if isinstance(protect, (str, keras.layers.Layer)):
-        protect = (protect,)
-    names = {w.layer.name for w in channels.weights}
-    reasons: dict[int, str] = {}
+    """Group index -> why it stays. A protected model or wrapper protects every layer inside it."""
+    if protect is None or isinstance(protect, (str, keras.layers.Layer)):
+        protect = () if protect is None else (protect,)
+    layers = layers_of(channels.model)[1:]
+    chosen: set[int] = set()
     for item in protect:
         if not isinstance(item, (str, keras.layers.Layer)):
             raise TypeError(f"protect holds {item!r}; expected layers, layer names or patterns such as 'head_*'.")
-        if isinstance(item, str) and not fnmatch.filter(names, item):
+        if isinstance(item, str):
+            found = [layer for layer in layers if fnmatch.fnmatch(layer.name, item)]
+        else:
+            found = [layer for layer in layers if layer is item]
+        inside = {id(layer) for outer in found for layer in layers_of(outer)}
+        if not any(id(w.layer) in inside for w in channels.weights):
+            names = list(dict.fromkeys(w.layer.name for w in channels.weights))
+            what = repr(item) if isinstance(item, str) else f"the layer {item.name!r}"
             raise ValueError(
-                f"protect={item!r} fits no layer with weights. Layers: {', '.join(sorted(names)[:20])}"
+                f"protect={what} fits no layer with weights in this model. Layers: {', '.join(names[:20])}"
                 f"{', ...' if len(names) > 20 else ''}"
             )
-        for group in channels.groups:
-            for member in group.members:
-                layer = member.weight.layer
-                if not member.reads and (layer is item or isinstance(item, str) and fnmatch.fnmatch(layer.name, item)):
-                    reasons[group.index] = "protected"
-    return reasons
+        chosen |= inside
+    return {
+        group.index: "protected"
+        for group in channels.groups
+        if any(not m.reads and id(m.weight.layer) in chosen for m in group.members)
+    }
 
 
 def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:
@@ -275,6 +283,9 @@ def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> d
             reasons[group.index] = f"has nothing for {name} to score"
             continue
         here = alive[group.units]
+        if not here.any():
+            reasons[group.index] = "is gone already"
+            continue
         scores[group.index] = np.full(len(group), -np.inf)
         scores[group.index][here] = np.mean(
             [_normalised(function(rows[here]), group, int(here.sum())) for rows in blocks], axis=0
@@ -310,101 +321,3 @@ def _normalised(scores, group: Group, n: int) -> np.ndarray:
         raise ValueError(f"The criterion returned NaN or infinite scores for group {group.name}.")
     mean = np.abs(scores).mean()
     return scores / mean if mean > 0 else scores
-
-
-class _Choice:
-    """The search for the widths: how many units of each group stay, on the grid, to meet the sparsity."""
-
-    def __init__(self, channels, groups, scores, budget, measure, round_to, already):
-        self.channels, self.groups, self.scores = channels, groups, scores
-        self.budget, self.measure, self.round_to = budget, measure, round_to
-        self.already = np.asarray(already, int)  # also units of protected groups
-        self.total = float(measure(channels, ()))
-        if not self.total > 0:
-            raise ValueError(f"The measure of the whole model is {self.total}; expected a number above 0.")
-        self.orders: list[np.ndarray] = [np.argsort(s, kind="stable") for s in scores]
-        self.whole = [int(np.isfinite(s).sum()) for s in scores]  # units that are still there
-
-    def grid(self, group: Group) -> int:
-        """Units per rounding step: a unit of a grouped convolution is several channels."""
-        return self.round_to // math.gcd(self.round_to, group.slices)
-
-    def least(self, group: Group) -> int:
-        return min(self.grid(group), len(group))
-
-    def counts(self, amount: float) -> list[int]:
-        """Units kept per group at this amount, rounded to the grid; the order in which they leave is kept too."""
-        leaves = self.budget(self.scores, amount)
-        kept = []
-        for k, (group, gone) in enumerate(zip(self.groups, leaves)):
-            # What the budget removes goes first, then the lowest scores: rounding may take or give back a few.
-            self.orders[k] = np.lexsort((self.scores[k], ~gone))
-            n, step = len(group) - int(gone.sum()), self.grid(group)
-            rounded = int(n / step + 0.5) * step
-            kept.append(min(self.whole[k], len(group) if rounded >= len(group) else max(rounded, self.least(group))))
-        return kept
-
-    def removed(self, counts: list[int]) -> Ids:
-        parts = [g.units[o[: len(g) - n]] for g, o, n in zip(self.groups, self.orders, counts)]
-        return np.union1d(np.concatenate(parts), self.already).astype(int)
-
-    def sparsity(self, counts: list[int]) -> float:
-        return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total
-
-    def search(self, target: float) -> tuple[list[int], float]:
-        """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
-        whole = list(self.whole)
-        least = [min(n, self.least(g)) for g, n in zip(self.groups, whole)]
-        largest = self.sparsity(least)
-        if target <= self.sparsity(whole):
-            return whole, largest
-        if target >= largest:
-            return least, largest
-        low, high, below, above = 0.0, 1.0, whole, least
-        for _ in range(40):
-            middle = (low + high) / 2
-            counts = self.counts(middle)
-            if self.sparsity(counts) < target:
-                low, below = middle, counts
-            else:
-                high, above = middle, counts
-            if high - low < 1e-6:
-                break
-        self.counts(high)  # the order in which units leave, as at the upper end
-        return self._between(below, above, target), largest
-
-    def _between(self, below: list[int], above: list[int], target: float) -> list[int]:
-        """Widths that jump together at one amount are moved one rounding step at a time, until the target is met."""
-        counts, best = list(below), (abs(self.sparsity(below) - target), list(below))
-        moves = [k for k in range(len(counts)) for _ in range(self._steps(k, below[k], above[k]))]
-        moves.sort(key=lambda k: len(self.groups[k]))
-        for k in reversed(moves):
-            group, step = self.groups[k], self.grid(self.groups[k])
-            counts[k] = max(above[k], (counts[k] - 1) // step * step)
-            if counts[k] < self.least(group):
-                counts[k] = self.least(group)
-            reached = self.sparsity(counts)
-            best = min(best, (abs(reached - target), list(counts)))
-            if reached >= target:
-                break
-        return best[1]
-
-    def _steps(self, k: int, below: int, above: int) -> int:
-        step = self.grid(self.groups[k])
-        return max(0, math.ceil((below - above) / step))
-
-    def explain(self, asked: float, reached: float, largest: float) -> list[str]:
-        if abs(asked - reached) <= 0.02:
-            return []
-        if asked > largest:
-            small = [g.name for g in self.groups if len(g) <= self.grid(g)]
-            why = f"every group is at its least width (multiples of {self.round_to}, never empty)"
-            if small:
-                why += f"; {len(small)} groups are no wider than one step and stay whole: {', '.join(small[:3])}"
-            return [
-                f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"
-            ]
-        return [
-            f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "
-            "closer"
-        ]

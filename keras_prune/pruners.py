@@ -90,7 +90,8 @@ class Pruner(keras.callbacks.Callback):
         if self.channels is None or self.channels.model is not self.model:
             self.channels = Channels(self.model)
         self._began = False
-        self._last_step = None
+        self._last_step, self._step = None, 0
+        self._base = int(self.model.optimizer.iterations)
         trainable = {id(v) for v in self.model.trainable_variables}
         new = False
         for weight in self.channels.weights:
@@ -103,7 +104,7 @@ class Pruner(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         steps = self.params.get("steps")
         if self.unit == "batch":
-            self._first = epoch * steps if steps else self._step
+            self._first = epoch * steps if steps else int(self.model.optimizer.iterations) - self._base
             self._step = self._first
         else:
             self._step = epoch
@@ -169,6 +170,18 @@ class Pruner(keras.callbacks.Callback):
                 changed = True
         if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
             self.model.make_train_function(force=True)
+
+
+def release(model: keras.Model) -> None:
+    """Stop holding zeros: take the pruners' masks off a model's variables, to train it on without pruning.
+
+    The zeros themselves stay until something is learned in their place, or other weights are loaded.
+    """
+    for variable in model.variables:
+        if isinstance(variable.constraint, KeepZeros):
+            variable.constraint = variable.constraint.inner
+    if model.compiled:
+        model.make_train_function(force=True)
 
 
 def _slots(optimizer, variable: keras.Variable) -> list[keras.Variable]:
@@ -268,7 +281,7 @@ class FilterPruning(Pruner):
         target = schedules.check_sparsity(self.schedule(step), "FilterPruning by its schedule")
         hard = self.holds(step)
         if target > 0:
-            already = self.removed if not self.soft else ()
+            already = self.removed if not self.soft else ()  # soft: every unit may come back
             self.removed = plan(self.channels, target, already=already, **self.arguments).removed
         return [
             (weight.variable, mask) for weight, mask in zero_masks(self.channels, self.removed, producers_only=not hard)

@@ -51,6 +51,8 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
 
 
 def _batches(data, batch_size: int):
+    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
+        data = data[0]  # (x, y)
     arrays = keras.tree.flatten(data) if isinstance(data, (np.ndarray, dict, list)) or hasattr(data, "shape") else []
     if arrays and all(hasattr(a, "shape") for a in arrays):
         for start in range(0, len(arrays[0]), batch_size):

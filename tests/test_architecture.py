@@ -28,6 +28,7 @@ FLOORS = {
         "recalibration": 4,
         "probes": 5,
         "reports": 5,
+        "widths": 5,
         "planning": 6,
         "pruners": 7,
         "demo": 8,

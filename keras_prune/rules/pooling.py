@@ -60,6 +60,9 @@ def global_pooling(layer, call, x, *mask):
 
 @rule("Dropout", "GaussianDropout", "GaussianNoise", "AlphaDropout", "ActivityRegularization", "Identity", "Masking")
 def passes(layer, call, x, *mask):
+    noise = getattr(layer, "noise_shape", None)
+    if noise is not None and any(n not in (None, 1) and x.shape[a] > 1 for a, n in enumerate(noise)):
+        call.fence(x, "has a noise_shape with a fixed number of channels")
     return Labels(x)
 
 

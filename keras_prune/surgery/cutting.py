@@ -29,13 +29,11 @@ def cut(channels: Channels, removed: Ids) -> keras.Model:
     Raises:
         ValueError: a layer cannot be rebuilt from its config, or a removed id is unknown.
     """
-    removed = np.unique(np.asarray(removed, int))
-    if removed.size and (removed[0] < 1 or removed[-1] >= channels.unit_count):
-        raise ValueError(
-            f"removed holds ids {removed[0]}..{removed[-1]}; expected unit ids from 1 to "
-            f"{channels.unit_count - 1}, as in Channels.groups[k].units."
-        )
-    return _Cut(channels, channels.alive(removed)).model()
+    alive = channels.alive(removed)
+    for group in channels.groups:
+        if not alive[group.units].any():
+            raise ValueError(f"removed holds all {len(group)} units of {group.name}; at least one has to stay.")
+    return _Cut(channels, alive).model()
 
 
 def zeroed(channels: Channels, removed: Ids) -> keras.Model:
@@ -99,7 +97,7 @@ class _Cut:
 
     def rebuilt(self, old):
         try:
-            config = _unbuilt(old.get_config())
+            config = _without_arrays(_unbuilt(old.get_config()))
             for path, edit in self.channels.config_edits(old).items():
                 *outer, key = path.split(".")
                 place = config
@@ -221,6 +219,16 @@ def _unbuilt(config):
     if isinstance(config, dict):
         return {k: _unbuilt(v) for k, v in config.items() if not (k == "build_config" and "class_name" in config)}
     return config
+
+
+def _without_arrays(config: dict) -> dict:
+    """A config whose initializers hold no arrays of the old width (pretrained embeddings): the weights are copied."""
+
+    def is_array(entry):
+        value = entry.get("config", {}).get("value") if isinstance(entry, dict) else None
+        return isinstance(value, (dict, list)) or getattr(value, "ndim", 0) > 0
+
+    return {k: "zeros" if k.endswith("_initializer") and is_array(v) else v for k, v in config.items()}
 
 
 def _copy_flags(old, new) -> None:

@@ -9,7 +9,7 @@ import keras
 import numpy as np
 
 from keras_prune.channels import Channels
-from keras_prune.internals import inputs_of, layers_of
+from keras_prune.internals import inputs_of, layers_of, seeds_of
 from keras_prune.surgery.cutting import cut
 from keras_prune.surgery.zeros import dead_units
 
@@ -85,7 +85,8 @@ def strip(model: keras.Model, data=None, *, check: bool = True, report: bool = F
         if not difference <= limit:
             raise ValueError(
                 f"The stripped model's outputs differ by {difference:.1e} relative (allowed: {limit:.0e}), so it is "
-                "not returned. A rule labels some layer wrongly: please report the model, or protect its layers."
+                "not returned. Either a layer is random or keeps a state, or data is not finite, or a rule labels some "
+                "layer wrongly: then please report the model."
             )
     result = StripReport(
         len(removed),
@@ -156,12 +157,15 @@ def checked_inputs(model, data):
 def relative_difference(a, b, inputs) -> float:
     """max |a(x) - b(x)| / max |a(x)|, the worst of all outputs; infinite if a number is not finite. Inference mode."""
     worst = 0.0
+    kept = [(v, v.numpy()) for m in (a, b) for v in m.non_trainable_variables + seeds_of(m)]
     outputs = [
         keras.tree.flatten(
             model(keras.tree.pack_sequence_as(inputs_of(model), keras.tree.flatten(inputs)), training=False)
         )
         for model in (a, b)
     ]
+    for variable, value in kept:  # states of recurrent layers and of random numbers are left as they were
+        variable.assign(value)
     for x, y in zip(*outputs):
         x, y = (keras.ops.convert_to_numpy(keras.ops.cast(t, "float32")) for t in (x, y))
         if x.shape != y.shape:

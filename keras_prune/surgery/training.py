@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 
 import keras
 
-from keras_prune.internals import compile_arguments_of, variables_of
+from keras_prune.internals import compile_arguments_of, decays, variables_of
 
 
 def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:
@@ -23,7 +24,10 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
     for key in ("metrics", "weighted_metrics"):
         arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
     arguments["optimizer"] = sliced_optimizer(old.optimizer, variables, sliced)
-    new.compile(**arguments)
+    try:
+        new.compile(**arguments)
+    except TypeError as error:  # a subclass with a compile() of its own
+        warnings.warn(f"The cut model is not compiled: {error}. Call its compile() yourself.", stacklevel=5)
 
 
 def _fresh_metric(metric):
@@ -56,6 +60,9 @@ def sliced_optimizer(old, variables: dict, sliced):
             slot_of[id(slot)] = old_of[id(reference_variable)]
         return slot
 
+    spared = [variables[i] for i, v in reference.items() if not decays(_slot_holder(old), v)]
+    if spared:
+        holder.exclude_from_weight_decay(var_list=spared)
     holder.add_variable_from_reference = recording
     try:
         new.build(new_of)

@@ -1,0 +1,108 @@
+"""The search for the widths that meet a sparsity, on the hardware's grid."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from keras_prune.groups import Group
+from keras_prune.rules import Ids
+
+
+class Choice:
+    """The search for the widths: how many units of each group stay, on the grid, to meet the sparsity."""
+
+    def __init__(self, channels, groups, scores, budget, measure, round_to, already):
+        self.channels, self.groups, self.scores = channels, groups, scores
+        self.budget, self.measure, self.round_to = budget, measure, round_to
+        self.already = np.asarray(already, int)  # also units of protected groups
+        self.total = float(measure(channels, ()))
+        if not self.total > 0:
+            raise ValueError(f"The measure of the whole model is {self.total}; expected a number above 0.")
+        self.orders: list[np.ndarray] = [np.argsort(s, kind="stable") for s in scores]
+        self.whole = [int(np.isfinite(s).sum()) for s in scores]  # units that are still there
+
+    def grid(self, group: Group) -> int:
+        """Units per rounding step: a unit of a grouped convolution is several channels."""
+        return self.round_to // math.gcd(self.round_to, group.slices)
+
+    def least(self, group: Group) -> int:
+        return min(self.grid(group), len(group))
+
+    def counts(self, amount: float) -> list[int]:
+        """Units kept per group at this amount, rounded to the grid; the order in which they leave is kept too."""
+        leaves = self.budget(self.scores, amount)
+        kept = []
+        for k, (group, gone) in enumerate(zip(self.groups, leaves)):
+            # What the budget removes goes first, then the lowest scores: rounding may take or give back a few.
+            self.orders[k] = np.lexsort((self.scores[k], ~gone))
+            n, step = len(group) - int(gone.sum()), self.grid(group)
+            rounded = int(n / step + 0.5) * step
+            kept.append(min(self.whole[k], len(group) if rounded >= len(group) else max(rounded, self.least(group))))
+        return kept
+
+    def removed(self, counts: list[int]) -> Ids:
+        parts = [g.units[o[: len(g) - n]] for g, o, n in zip(self.groups, self.orders, counts)]
+        return np.union1d(np.concatenate(parts), self.already).astype(int)
+
+    def sparsity(self, counts: list[int]) -> float:
+        return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total
+
+    def search(self, target: float) -> tuple[list[int], float]:
+        """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
+        whole = list(self.whole)
+        least = [min(n, self.least(g)) for g, n in zip(self.groups, whole)]
+        largest = self.sparsity(least)
+        if target <= self.sparsity(whole):
+            return whole, largest
+        if target >= largest:
+            return least, largest
+        low, high, below, above = 0.0, 1.0, whole, least
+        for _ in range(40):
+            middle = (low + high) / 2
+            counts = self.counts(middle)
+            if self.sparsity(counts) < target:
+                low, below = middle, counts
+            else:
+                high, above = middle, counts
+            if high - low < 1e-6:
+                break
+        self.counts(high)  # the order in which units leave, as at the upper end
+        return self._between(below, above, target), largest
+
+    def _between(self, below: list[int], above: list[int], target: float) -> list[int]:
+        """Widths that jump together at one amount are moved one rounding step at a time, until the target is met."""
+        counts, best = list(below), (abs(self.sparsity(below) - target), list(below))
+        moves = [k for k in range(len(counts)) for _ in range(self._steps(k, below[k], above[k]))]
+        moves.sort(key=lambda k: len(self.groups[k]))
+        for k in reversed(moves):
+            group, step = self.groups[k], self.grid(self.groups[k])
+            counts[k] = max(above[k], (counts[k] - 1) // step * step)
+            if counts[k] < self.least(group):
+                counts[k] = self.least(group)
+            reached = self.sparsity(counts)
+            best = min(best, (abs(reached - target), list(counts)))
+            if reached >= target:
+                break
+        return best[1]
+
+    def _steps(self, k: int, below: int, above: int) -> int:
+        step = self.grid(self.groups[k])
+        return max(0, math.ceil((below - above) / step))
+
+    def explain(self, asked: float, reached: float, largest: float) -> list[str]:
+        if abs(asked - reached) <= 0.02:
+            return []
+        if asked > largest:
+            small = [g.name for g in self.groups if len(g) <= self.grid(g)]
+            why = f"every group is at its least width (multiples of {self.round_to}, never empty)"
+            if small:
+                why += f"; {len(small)} groups are no wider than one step and stay whole: {', '.join(small[:3])}"
+            return [
+                f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"
+            ]
+        return [
+            f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "
+            "closer"
+        ]
