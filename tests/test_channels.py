@@ -123,7 +123,7 @@ def test_the_user_hears_what_to_do_with_a_model_that_cannot_be_walked():
     with pytest.raises(TypeError, match="Expected a keras.Model, got str"):
         Channels("model.keras")
     channels = Channels(keras.Sequential([keras.Input((3,)), layers.Dense(4), layers.Dense(2)]))
-    with pytest.raises(ValueError, match="unit 0, the frozen one"):
+    with pytest.raises(ValueError, match="0 is the frozen unit"):
         channels.alive([0])
 
 

@@ -425,7 +425,7 @@ def test_errors_say_what_to_do():
         strip(broken)
     channels = Channels(model)
     for removed in ([0], [channels.unit_count]):
-        with pytest.raises(ValueError, match="expected unit ids from 1 to"):
+        with pytest.raises(ValueError, match="expected unit ids, whole numbers from 1 to"):
             cut(channels, removed)
 
 
