@@ -17,7 +17,7 @@ from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels
 from keras_prune.planning import plan
 from keras_prune.rules import Ids
-from keras_prune.surgery import dead_units, zero_masks
+from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
 
 class KeepZeros(keras.constraints.Constraint):
@@ -61,7 +61,6 @@ class Pruner(keras.callbacks.Callback):
         self.channels: Channels | None = None
         self._began = False
         self._last_step: int | None = None
-        self._step = 0
 
     # -- what a subclass writes ----------------------------------------------------------------------------------
 
@@ -90,7 +89,7 @@ class Pruner(keras.callbacks.Callback):
         if self.channels is None or self.channels.model is not self.model:
             self.channels = Channels(self.model)
         self._began = False
-        self._last_step, self._step = None, 0
+        self._last_step = None
         self._base = int(self.model.optimizer.iterations)
         trainable = {id(v) for v in self.model.trainable_variables}
         new = False
@@ -105,9 +104,6 @@ class Pruner(keras.callbacks.Callback):
         steps = self.params.get("steps")
         if self.unit == "batch":
             self._first = epoch * steps if steps else int(self.model.optimizer.iterations) - self._base
-            self._step = self._first
-        else:
-            self._step = epoch
         if not self._began:  # only now has BackupAndRestore restored, wherever it stands in the list of callbacks
             self._began = True
             self.begin()
@@ -116,8 +112,7 @@ class Pruner(keras.callbacks.Callback):
 
     def on_train_batch_begin(self, batch, logs=None):
         if self.unit == "batch":
-            self._step = self._first + batch
-            self._prune_if_due(self._step)
+            self._prune_if_due(self._first + batch)
 
     def on_epoch_end(self, epoch, logs=None):
         if logs is not None:
@@ -130,7 +125,7 @@ class Pruner(keras.callbacks.Callback):
             if isinstance(weight.variable.constraint, KeepZeros):
                 mask = keras.ops.convert_to_numpy(weight.variable.constraint.mask)
                 back |= bool(np.any(keras.ops.convert_to_numpy(weight.variable)[mask == 0]))
-                _multiply(weight.variable, mask)
+                write_zeros(weight.variable, mask)
         if back:
             warnings.warn(
                 f"{type(self).__name__}: pruned weights were no longer zero when training ended (restored or averaged "
@@ -162,11 +157,11 @@ class Pruner(keras.callbacks.Callback):
         pairs = list(self.masks(step))
         changed = False
         for variable, mask in pairs:
-            _multiply(variable, mask)
+            write_zeros(variable, mask)
             if self.holds(step) and isinstance(variable.constraint, KeepZeros):
                 variable.constraint.mask.assign(mask)
                 for slot in _slots(self.model.optimizer, variable):  # a momentum would move the weight each step, and
-                    _multiply(slot, mask)  # averaged weights (use_ema) are taken before the constraint
+                    write_zeros(slot, mask)  # averaged weights (use_ema) are taken before the constraint
                 changed = True
         if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
             self.model.make_train_function(force=True)
@@ -188,11 +183,6 @@ def _slots(optimizer, variable: keras.Variable) -> list[keras.Variable]:
     """Momenta and averages of a variable: Keras names them after it."""
     prefix = variable.path.replace("/", "_") + "_"
     return [v for v in optimizer.variables if v.name.startswith(prefix) and tuple(v.shape) == tuple(variable.shape)]
-
-
-def _multiply(variable: keras.Variable, mask: np.ndarray) -> None:
-    value = keras.ops.convert_to_numpy(variable)
-    variable.assign(np.where(mask, value, 0).astype(value.dtype))
 
 
 class FilterPruning(Pruner):

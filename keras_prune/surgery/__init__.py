@@ -9,7 +9,7 @@ from keras_prune.surgery.stripping import (
     relative_difference,
     strip,
 )
-from keras_prune.surgery.zeros import dead_units, zero, zero_masks
+from keras_prune.surgery.zeros import dead_units, write_zeros, zero, zero_masks
 
 __all__ = [
     "StripReport",
@@ -20,6 +20,7 @@ __all__ = [
     "model_inputs",
     "relative_difference",
     "strip",
+    "write_zeros",
     "zero",
     "zero_masks",
     "zeroed",

@@ -12,7 +12,7 @@ from keras_prune.channels import Channels
 from keras_prune.internals import graph_of, input_layer_of, inputs_of, is_graph, nodes_of, outputs_of, sublayers_of
 from keras_prune.rules import Ids
 from keras_prune.surgery.training import compile_like
-from keras_prune.surgery.zeros import zero_masks
+from keras_prune.surgery.zeros import write_zeros, zero_masks
 
 
 def cut(channels: Channels, removed: Ids) -> keras.Model:
@@ -40,8 +40,7 @@ def zeroed(channels: Channels, removed: Ids) -> keras.Model:
     """A copy of the model with zeros on the removed units: what the cut model has to equal."""
     copy, twins = copied(channels)
     for weight, mask in zero_masks(channels, removed):
-        twin = twins[id(weight.variable)]
-        twin.assign(np.where(mask, keras.ops.convert_to_numpy(twin), 0).astype(twin.dtype))
+        write_zeros(twins[id(weight.variable)], mask)
     return copy
 
 

@@ -40,8 +40,13 @@ def zero(channels: Channels, removed: Ids, producers_only: bool = False) -> None
         producers_only: leave the readers alone (soft pruning).
     """
     for weight, mask in zero_masks(channels, removed, producers_only):
-        variable = weight.variable
-        variable.assign(np.where(mask, keras.ops.convert_to_numpy(variable), 0).astype(variable.dtype))
+        write_zeros(weight.variable, mask)
+
+
+def write_zeros(variable: keras.Variable, mask: np.ndarray) -> None:
+    """Zeros where the 0/1 mask is 0, also in the place of a NaN."""
+    value = keras.ops.convert_to_numpy(variable)
+    variable.assign(np.where(mask, value, 0).astype(value.dtype))
 
 
 def dead_units(channels: Channels, strict: bool = False) -> Ids:
