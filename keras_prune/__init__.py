@@ -28,11 +28,19 @@ _HOMES = {
     "Pruner": "pruners",
     "release": "pruners",
     "recalibrate_batchnorm": "recalibration",
+    "compress": "compression",
+    "CompressReport": "compression",
+    "reconstruct": "reconstruction",
+    "distill": "distillation",
+    "DistillReport": "distillation",
 }
 _MODULES = (
     "budgets",
     "channels",
+    "compression",
     "criteria",
+    "distillation",
+    "files",
     "metrics",
     "planning",
     "probes",
@@ -43,6 +51,7 @@ _MODULES = (
     "surgery",
     "reports",
     "datasets",
+    "samples",
 )
 
 __all__ = [*_HOMES, "__version__"]

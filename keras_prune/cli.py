@@ -51,23 +51,50 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(title="commands", metavar="")
 
-    def command(name, run, text, example):
+    def command(run, text, example):
+        name = run.__name__.strip("_")
         sub = commands.add_parser(
             name,
             help=text,
             description=text,
-            epilog=f"example: {example}",
+            epilog=f"example: keras-prune {name} {example}",
             formatter_class=argparse.ArgumentDefaultsHelpFormatter,
         )
         sub.set_defaults(run=run)
+        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
+        if run is not _demo:
+            sub.add_argument("model", help="a .keras or .h5 file, also an .h5 file of Keras 2")
+            sub.add_argument("--unsafe", action="store_true", help="run code stored in the file (Lambda layers)")
         return sub
 
-    demo = command(
-        "demo",
-        _demo,
-        "train, prune, strip, export and compare on real images; no network needed",
-        "keras-prune demo --sparsity 0.6",
+    _demo_arguments(
+        command(_demo, "train, prune, strip, export and compare on real images; no network needed", "--sparsity 0.6")
     )
+    _compress_arguments(
+        command(
+            _compress,
+            "a smaller network in minutes: no labels, no training",
+            "model.keras small.keras --images photos/ --target macs=0.5",
+        )
+    )
+    command(_inspect, "groups of channels, cost, and fences of a model", "model.keras")
+    plan = command(
+        _plan, "print what a pruning would remove, without doing it", "model.keras --sparsity 0.5 --criterion fpgm"
+    )
+    prune = command(_prune, "plan and cut: write the smaller model", "model.keras small.keras --sparsity 0.5")
+    strip = command(_strip, "cut what is zero already and prove the outputs equal", "pruned.keras small.keras")
+    compare = command(_compare, "params, MACs, memory and widths of two models", "model.keras small.keras")
+    for sub in (prune, strip):
+        sub.add_argument("output", help="the .keras file to write")
+    compare.add_argument("other", help="the second .keras or .h5 file")
+    for sub in (plan, prune):
+        _sentence(sub)
+        _protect(sub)
+        sub.add_argument("--seed", type=int, help="for --criterion random")
+    return parser
+
+
+def _demo_arguments(demo) -> None:
     demo.add_argument("--output", default="demo_output", help="folder for all files")
     demo.add_argument(
         "--dataset",
@@ -82,48 +109,49 @@ def _parser() -> argparse.ArgumentParser:
     _sentence(demo, measure=False)
     demo.set_defaults(budget="uniform")
 
-    inspect = command(
-        "inspect", _inspect, "groups of channels, cost, and fences of a model", "keras-prune inspect model.keras"
+
+def _compress_arguments(sub) -> None:
+    sub.add_argument("output", help="the .keras file to write")
+    sub.add_argument(
+        "--images",
+        required=True,
+        metavar="SOURCE",
+        help="a folder of images, an .npz or .npy file, or tfds:NAME; unlabelled, a few hundred are enough",
     )
-    plan = command(
-        "plan",
-        _plan,
-        "print what a pruning would remove, without doing it",
-        "keras-prune plan model.keras --sparsity 0.5 --criterion fpgm",
+    sub.add_argument(
+        "--target",
+        nargs="+",
+        default=["macs=0.5"],
+        metavar="MEASURE=LIMIT",
+        help="what may be left of macs, params or memory: a fraction below 1 or a number; several are all met",
     )
-    prune = command(
-        "prune",
-        _prune,
-        "plan and cut: write the smaller model",
-        "keras-prune prune model.keras small.keras --sparsity 0.5",
+    sub.add_argument("--preprocess", help="none, unit, signed, imagenet or caffe, if the model does not do it itself")
+    sub.add_argument("--labels", help="'folders', or a file of labels (.csv, .npy): only to print the accuracy")
+    sub.add_argument("--key", help="name of the array in an .npz file")
+    sub.add_argument("--count", type=int, default=512, help="how many images are used, chosen at random")
+    sub.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
+    sub.add_argument("--search", type=_minutes, default=0.0, metavar="TIME", help="look for better widths, e.g. 2m")
+    sub.add_argument("--distill", type=_minutes, default=0.0, metavar="TIME", help="then learn from the original, 10m")
+    sub.add_argument("--tflite", metavar="FILE", help="also write a .tflite file")
+    sub.add_argument("--recipe", default="float32", help="of the .tflite file: float32, float16, dynamic_int8, int8")
+    sub.add_argument("--report", metavar="FILE", help="write the figures as JSON; default: beside the output")
+    sub.add_argument("--data-dir", help="folder with data for tfds:NAME")
+    sub.add_argument("--seed", type=int, default=0, help="of the choice of images and positions")
+    _protect(sub)
+
+
+def _minutes(text: str) -> float:
+    """'90s', '10m', '1h' or plain minutes."""
+    match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip())
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90s, 10m or 1h")
+    return float(match[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[match[2]]
+
+
+def _protect(sub) -> None:
+    sub.add_argument(
+        "--protect", nargs="*", default=[], help="layers, or patterns such as 'head_*', that keep their width"
     )
-    strip = command(
-        "strip",
-        _strip,
-        "cut what is zero already and prove the outputs equal",
-        "keras-prune strip pruned.keras small.keras",
-    )
-    compare = command(
-        "compare",
-        _compare,
-        "params, MACs, memory and widths of two models",
-        "keras-prune compare model.keras small.keras",
-    )
-    for sub in (inspect, plan, prune, strip, compare):
-        sub.add_argument("model", help="a .keras or .h5 file")
-        sub.add_argument("--unsafe", action="store_true", help="run code stored in the file (Lambda layers)")
-    for sub in (prune, strip):
-        sub.add_argument("output", help="the .keras file to write")
-    compare.add_argument("other", help="the second .keras or .h5 file")
-    for sub in (plan, prune):
-        _sentence(sub)
-        sub.add_argument(
-            "--protect", nargs="*", default=[], help="layers, or patterns such as 'head_*', that keep their width"
-        )
-        sub.add_argument("--seed", type=int, help="for --criterion random")
-    for sub in (demo, inspect, plan, prune, strip, compare):
-        sub.add_argument("--json", action="store_true", help="print JSON instead of text")
-    return parser
 
 
 def _sentence(parser, measure: bool = True) -> None:
@@ -135,66 +163,10 @@ def _sentence(parser, measure: bool = True) -> None:
     parser.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
 
 
-def load_model(path: str, unsafe: bool = False):
-    """A model from a .keras or .h5 file; code inside the file is run only if `unsafe`."""
-    import keras
+def _loaded(path: str, unsafe: bool):
+    from keras_prune import files
 
-    if not Path(path).is_file():
-        raise ValueError(f"{path}: no such file.")
-    if Path(path).suffix not in (".keras", ".h5", ".hdf5"):
-        raise ValueError(f"{path}: expected a .keras or .h5 file.")
-    try:
-        try:
-            return keras.saving.load_model(path, safe_mode=not unsafe)
-        except (TypeError, ValueError):  # a loss or metric of the user's own: the network itself may well load
-            model = keras.saving.load_model(path, safe_mode=not unsafe, compile=False)
-            print(f"keras-prune: {path} was loaded without its loss and optimizer (custom ones?)", file=sys.stderr)
-            return model
-    except Exception as error:  # whatever a broken or foreign file raises
-        text = str(error)
-        first = text.strip().splitlines()[0][:300] if text.strip() else type(error).__name__
-        if "safe_mode" in text or "unsafe" in text.lower() or "lambda" in text.lower():
-            raise ValueError(
-                f"{path} holds code (a Lambda layer), which is not run: it could do anything. If you trust "
-                "the file, add --unsafe."
-            ) from error
-        custom = re.search(r"(?:could not locate (?:class|function)|unknown \w+:) '?(\w+)", text, re.IGNORECASE)
-        if custom:
-            raise ValueError(
-                f"{path} needs the custom object {custom[1]!r}, which this program does not have. Load it in a "
-                "Python script with keras.saving.load_model(..., custom_objects=...) and call "
-                "keras_prune.prune there."
-            ) from error
-        if "deserializ" in text:
-            raise ValueError(
-                f"{path} is not understood by this version of Keras: {first} Rebuild the network in Keras 3, "
-                "load the weights with model.load_weights, and save it as .keras."
-            ) from error
-        raise ValueError(
-            f"{path} could not be read, it is cut off or no Keras file: {type(error).__name__}: {first}"
-        ) from error
-
-
-def save_model(model, path: str) -> None:
-    """Write a .keras file: to a temporary file beside it first, so that nothing half-written is left."""
-    target = Path(path)
-    if target.suffix != ".keras":
-        raise ValueError(f"{path}: the output is a .keras file; give a name that ends so.")
-    temporary = target.with_name(f".{target.stem}.{os.getpid()}.keras")
-    try:
-        model.save(temporary)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def check_writable(path: str) -> None:
-    """Raise before the work, not after it."""
-    folder = Path(path).resolve().parent
-    if not folder.is_dir():
-        raise ValueError(f"{path}: the folder {folder} does not exist.")
-    if not os.access(folder, os.W_OK) or Path(path).is_dir():
-        raise ValueError(f"{path} cannot be written.")
+    return files.load_model(path, unsafe, say=lambda text: print(f"keras-prune: {text}", file=sys.stderr))
 
 
 def _demo(given) -> int:
@@ -225,10 +197,75 @@ def _demo(given) -> int:
     return 0
 
 
+def _compress(given) -> int:
+    from keras_prune import compression, files, samples
+
+    report_path = given.report or str(Path(given.output).with_suffix(".json"))
+    for path in (given.output, given.tflite, report_path):
+        if path:
+            files.check_writable(path)
+    model = _loaded(given.model, given.unsafe)
+    say = (lambda text: print(text, file=sys.stderr)) if given.json else print
+    read = samples.read(
+        given.images,
+        model,
+        count=given.count,
+        preprocess=given.preprocess,
+        labels=given.labels,
+        seed=given.seed,
+        data_dir=given.data_dir,
+        key=given.key,
+        say=say,
+    )
+    say(f"{len(read):,} samples from {read.source}" + "".join(f"; {note}" for note in read.notes))
+    small, report = compression.compress(
+        model,
+        read.x,
+        target=_targets(given.target),
+        labels=read.y,
+        round_to=given.round_to,
+        protect=given.protect,
+        search_minutes=given.search,
+        distill_minutes=given.distill,
+        seed=given.seed,
+        progress=sys.stderr.isatty() and not given.json,
+        report=True,
+    )
+    files.save_model(small, given.output)
+    content = {**json.loads(report.to_json()), "output": given.output}
+    written = [given.output]
+    if given.tflite:
+        import tflite_export
+
+        exported = tflite_export.export(small, given.tflite, given.recipe, data=read.x)
+        content["tflite"] = json.loads(exported.to_json())
+        written.append(given.tflite)
+    Path(report_path).write_text(json.dumps(content, indent=1) + "\n")
+    if given.json:
+        print(json.dumps(content, indent=1))
+    else:
+        print(report)
+        if given.tflite:
+            print(f"\n{exported}")
+        print(f"\nwrote {', '.join([*written, report_path])}")
+    return 0
+
+
+def _targets(texts: Sequence[str]) -> dict[str, float]:
+    targets = {}
+    for text in texts:
+        name, _, value = text.partition("=")
+        try:
+            targets[name] = float(value)
+        except ValueError:
+            raise ValueError(f"--target {text}: expected MEASURE=LIMIT, for example macs=0.5.") from None
+    return targets
+
+
 def _inspect(given) -> int:
     from keras_prune import Channels, metrics
 
-    channels = Channels(load_model(given.model, given.unsafe))
+    channels = Channels(_loaded(given.model, given.unsafe))
     totals = {name: measure(channels, ()) for name, measure in metrics.MEASURES.items()}
     groups = [{"layers": g.name, "units": len(g), "channels": len(g) * g.slices} for g in channels.groups]
     if given.json:
@@ -259,7 +296,7 @@ def _planned(given):
     if given.criterion == "taylor":
         raise ValueError("criterion taylor needs labelled data: call keras_prune.plan(model, data=(x, y)) in Python.")
     return plan(
-        load_model(given.model, given.unsafe),
+        _loaded(given.model, given.unsafe),
         given.sparsity,
         measure=given.measure,
         criterion=given.criterion,
@@ -277,20 +314,21 @@ def _plan(given) -> int:
 
 
 def _prune(given) -> int:
-    from keras_prune.surgery import model_inputs, relative_difference
+    from keras_prune import files
+    from keras_prune.surgery import allowed_difference, model_inputs, relative_difference
 
-    check_writable(given.output)
+    files.check_writable(given.output)
     plan = _planned(given)
     small = plan.cut()
     difference = relative_difference(plan.zero(), small, model_inputs(small))
-    if not difference <= 1e-4:
+    if not difference <= allowed_difference(small):
         print(
             f"keras-prune: outputs of the cut and the zeroed model differ by {difference:.1e} relative; nothing was "
             "written.",
             file=sys.stderr,
         )
         return 1
-    save_model(small, given.output)
+    files.save_model(small, given.output)
     if given.json:
         print(json.dumps({**json.loads(plan.to_json()), "difference": difference, "output": given.output}, indent=1))
     else:
@@ -299,11 +337,12 @@ def _prune(given) -> int:
 
 
 def _strip(given) -> int:
+    from keras_prune import files
     from keras_prune.surgery import strip
 
-    check_writable(given.output)
-    small, report = strip(load_model(given.model, given.unsafe), report=True)
-    save_model(small, given.output)
+    files.check_writable(given.output)
+    small, report = strip(_loaded(given.model, given.unsafe), report=True)
+    files.save_model(small, given.output)
     print(report.to_json() if given.json else f"{report}\nwrote {given.output}")
     return 0
 
@@ -311,7 +350,7 @@ def _strip(given) -> int:
 def _compare(given) -> int:
     from keras_prune import Channels, metrics, reports
 
-    before, after = (load_model(path, given.unsafe) for path in (given.model, given.other))
+    before, after = (_loaded(path, given.unsafe) for path in (given.model, given.other))
     if given.json:
         totals = {
             path: {name: measure(Channels(model), ()) for name, measure in metrics.MEASURES.items()}

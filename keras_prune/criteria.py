@@ -84,11 +84,12 @@ CRITERIA: dict[str, Criterion | None] = {
     "fpgm": fpgm,
     "bn_scale": bn_scale,
     "taylor": taylor,
+    "obs": None,  # looks at what reads the units, not at rows of their own: see `surgeon`
     "random": None,  # needs a generator: see `get`
 }
 
-NEEDS_DATA = frozenset({"taylor"})
-"""Criteria whose rows come from labelled data."""
+NEEDS_DATA = frozenset({"taylor", "obs"})
+"""Criteria that look at data: "taylor" at labelled ones, "obs" at inputs alone."""
 
 SCALES = frozenset({"bn_scale"})
 """Criteria whose rows are the scales of norms instead of kernels."""

@@ -17,8 +17,10 @@ import numpy as np
 from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels, Group
 from keras_prune.internals import layers_of
-from keras_prune.probes import gradient_times_weight
+from keras_prune.probes import gradient_times_weight, unlabelled
+from keras_prune.reconstruction import reconstruct as reconstructed
 from keras_prune.rules import Fence, Ids
+from keras_prune.surgeon import curves
 from keras_prune.surgery import check_finite, cut, dead_units, zeroed
 from keras_prune.widths import Choice
 
@@ -66,9 +68,12 @@ class Plan:
     notes: tuple[str, ...]
     removed: Ids = field(repr=False)
     channels: Channels = field(repr=False)
+    data: object = field(default=None, repr=False)  # inputs to reconstruct with, if that was asked for
 
     def cut(self) -> keras.Model:
-        """The small model."""
+        """The small model; its weights refitted to the original's values if the plan says so."""
+        if self.data is not None:
+            return reconstructed(self.channels, self.removed, self.data)
         return cut(self.channels, self.removed)
 
     def zero(self) -> keras.Model:
@@ -140,6 +145,7 @@ def plan(
     round_to: int = 8,
     protect: Sequence[str | keras.layers.Layer] = (),
     data=None,
+    reconstruct: bool = False,
     seed: int | None = None,
     already: Ids | None = None,
 ) -> Plan:
@@ -149,13 +155,16 @@ def plan(
         model: a built Functional or Sequential model, or its `Channels`.
         sparsity: fraction of the measure to remove, in [0, 1).
         measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
-        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor" (needs `data`), or a function
+        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor" and "obs" (need `data`), or a function
             (units, features) -> (units,).
         budget: "global", "uniform", or a function (scores, amount) -> removed.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
             layer is often slower.
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
-        data: labelled data for "taylor": (x, y) arrays or an iterable of such batches.
+        data: labelled data for "taylor": (x, y) arrays or an iterable of such batches; inputs alone for "obs" and for
+            `reconstruct`, as the model takes them.
+        reconstruct: let `cut()` refit the remaining weights to the original network's values on `data`, after
+            whichever criterion: no labels, no training.
         seed: for "random".
         already: ids of units that are removed in any case (pruning goes on where it stopped); they count as removed.
             Default: those whose weights are all zero in the model.
@@ -182,20 +191,52 @@ def plan(
             "This model has nothing to prune: "
             + ("; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs.")
         )
-    notes: list[str] = []
-    reasons = _protected(channels, protect)
+    inputs = unlabelled(channels.model, data) if reconstruct or criterion == "obs" else None
+    reasons = protected(channels, protect)
     already = dead_units(channels, strict=True) if already is None else already
     alive = channels.alive(already)
-    scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
+    if criterion == "obs":
+        scores = _surgeon_scores(channels, inputs, reasons, alive)
+    else:
+        scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
-        raise ValueError(f"protect={list(protect)!r} leaves nothing to prune; protect fewer layers.")
+        raise ValueError(
+            f"Nothing is left to prune with protect={list(protect)!r}: {'; '.join(dict.fromkeys(reasons.values()))}."
+        )
     free_scores = [scores[g.index] for g in free]
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
-    removed = choice.removed(counts)
     reached = choice.sparsity(counts)
-    notes += choice.explain(sparsity, reached, largest)
+    what, by, how = (_name(x) for x in (measure, criterion, budget))
+    refitted = f", refitted on {len(keras.tree.flatten(inputs)[0]):,} samples" if reconstruct else ""
+    return described(
+        channels,
+        choice.removed(counts),
+        sentence=f"remove {sparsity:.0%} of the {what}, by {by}, {how} budget, widths in multiples of {round_to}"
+        + refitted,
+        asked=float(sparsity),
+        reached=reached,
+        largest=largest,
+        scores=scores,
+        reasons=reasons,
+        notes=choice.explain(sparsity, reached, largest),
+        measures=[measure],
+        data=inputs if reconstruct else None,
+    )
+
+
+def described(channels: Channels, removed: Ids, *, scores, reasons, notes, measures, data=None, **said) -> Plan:
+    """The Plan that removes these units, with its tables.
+
+    Args:
+        scores, reasons: by group index.
+        notes: what there is to say besides.
+        measures: names or functions; totals of functions stand beside those of params, MACs and memory.
+        data: inputs to reconstruct with, or None.
+        said: `sentence`, `asked`, `reached`, `largest`.
+    """
+    notes = list(notes)
     if channels.uncounted:
         notes.append(f"MACs of {', '.join(channels.uncounted[:5])} are not counted: no rule for their types")
     if channels.has_unknown_lengths:
@@ -203,21 +244,15 @@ def plan(
             f"input axes without a fixed length were counted as {channels.assumed_length}; "
             "Channels(model, assumed_length=...) sets another"
         )
-    totals = {name: (m(channels, ()), m(channels, removed)) for name, m in _totals(measure).items()}
-    name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
-    by = criterion if isinstance(criterion, str) else getattr(criterion, "__name__", "criterion")
-    how = budget if isinstance(budget, str) else getattr(budget, "__name__", "budget")
     return Plan(
-        sentence=f"remove {sparsity:.0%} of the {name}, by {by}, {how} budget, widths in multiples of {round_to}",
-        asked=float(sparsity),
-        reached=reached,
-        largest=largest,
+        **said,
         groups=tuple(_group_plan(g, removed, scores.get(g.index), reasons.get(g.index, "")) for g in channels.groups),
-        totals=totals,
+        totals={name: (m(channels, ()), m(channels, removed)) for name, m in _totals(measures).items()},
         fences=tuple(channels.fences),
         notes=tuple(notes),
         removed=removed,
         channels=channels,
+        data=data,
     )
 
 
@@ -226,11 +261,14 @@ def prune(model: keras.Model, sparsity: float = 0.5, **arguments) -> keras.Model
     return plan(model, sparsity, **arguments).cut()
 
 
-def _totals(measure) -> dict[str, metrics.Measure]:
+def _name(choice) -> str:
+    """What a name or a function is called."""
+    return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
+
+
+def _totals(measures) -> dict[str, metrics.Measure]:
     own = {"params": metrics.params, "macs": metrics.macs, "memory": metrics.memory}
-    if callable(measure):
-        own[getattr(measure, "__name__", "measure")] = measure
-    return own
+    return {**own, **{_name(m): m for m in measures if callable(m)}}
 
 
 def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
@@ -242,7 +280,7 @@ def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
     return GroupPlan(layers, len(group) * group.slices, int((~leaves).sum()) * group.slices, kept, gone, note)
 
 
-def _protected(channels: Channels, protect) -> dict[int, str]:
+def protected(channels: Channels, protect) -> dict[int, str]:
     """Group index -> why it stays. A protected model or wrapper protects every layer inside it."""
     if protect is None or isinstance(protect, (str, keras.layers.Layer)):
         protect = () if protect is None else (protect,)
@@ -273,7 +311,7 @@ def _protected(channels: Channels, protect) -> dict[int, str]:
 
 def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:
     """Scores per group index, -inf for units that are gone. Groups that cannot be scored are added to `reasons`."""
-    shadows = gradient_times_weight(channels, data) if name in criteria.NEEDS_DATA and isinstance(name, str) else None
+    shadows = gradient_times_weight(channels, data) if name == "taylor" else None
     scores = {}
     for group in channels.groups:
         if group.index in reasons:
@@ -296,6 +334,15 @@ def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> d
             "Use criterion='l2'."
         )
     return scores
+
+
+def _surgeon_scores(channels, inputs, reasons: dict, alive) -> dict[int, np.ndarray]:
+    """The same for "obs", whose scores come from what reads the units."""
+    groups = [g for g in channels.groups if g.index not in reasons and alive[g.units].any()]
+    found, unknown = curves(channels, inputs, groups=groups)
+    reasons.update({g.index: "is gone already" for g in channels.groups if not alive[g.units].any()})
+    reasons.update(unknown)
+    return {k: np.where(alive[curve.group.units], curve.scores(), -np.inf) for k, curve in found.items()}
 
 
 def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]:

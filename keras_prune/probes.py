@@ -11,7 +11,9 @@ import keras
 import numpy as np
 
 from keras_prune.channels import Channels
-from keras_prune.surgery.cutting import copied
+from keras_prune.internals import inputs_of
+from keras_prune.recalibration import input_batches
+from keras_prune.surgery import checked_inputs, copied
 
 
 class _Recorder(keras.optimizers.Optimizer):
@@ -53,6 +55,34 @@ def batches(data, batch_size: int = 32) -> Iterator[tuple]:
         if not isinstance(batch, (tuple, list)) or len(batch) < 2:
             raise ValueError("This criterion needs labels, but data holds batches without: pass (x, y) batches.")
         yield tuple(batch)
+
+
+def unlabelled(model: keras.Model, data, at_most: int = 4096):
+    """Inputs alone, as arrays in the structure of the model's inputs, shape (samples, ...).
+
+    Args:
+        data: such arrays, (x, y), or an iterable of batches with or without labels.
+        at_most: how many samples are taken.
+
+    Raises:
+        ValueError: there is nothing in it, or it does not fit the model.
+    """
+    if data is None:
+        raise ValueError("This needs data: unlabelled inputs, shape (samples, ...), as the model takes them.")
+    parts, seen = [], 0
+    for batch in input_batches(data, 256):
+        arrays = [keras.ops.convert_to_numpy(a) for a in keras.tree.flatten(batch)]
+        parts.append(arrays)
+        seen += len(arrays[0])
+        if seen >= at_most:
+            break
+    if not seen:
+        raise ValueError("data holds no samples; expected inputs of shape (samples, ...).")
+    tensors = keras.tree.flatten(inputs_of(model))
+    joined = [np.concatenate(column)[:at_most] for column in zip(*parts)]
+    if len(joined) != len(tensors):
+        raise ValueError(f"data holds {len(joined)} arrays, but the model has {len(tensors)} inputs.")
+    return checked_inputs(model, keras.tree.pack_sequence_as(inputs_of(model), joined))
 
 
 def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> list[dict[int, np.ndarray]]:

@@ -35,7 +35,7 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
     momenta = [layer.momentum for layer in norms]
     seen = 0
     try:
-        for batch in _batches(data, batch_size):
+        for batch in input_batches(data, batch_size):
             if seen >= max_batches:
                 break
             for layer in norms:  # after batch t the average is (t-1)/t of the old and 1/t of the new
@@ -50,7 +50,8 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
     return len(norms)
 
 
-def _batches(data, batch_size: int):
+def input_batches(data, batch_size: int):
+    """Batches of inputs from arrays, (x, y), or an iterable of batches with or without labels."""
     if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
         data = data[0]  # (x, y)
     arrays = keras.tree.flatten(data) if isinstance(data, (np.ndarray, dict, list)) or hasattr(data, "shape") else []

@@ -7,7 +7,7 @@ import pytest
 from keras import layers
 from small import residual_net
 
-from keras_prune import Channels, cli, zero
+from keras_prune import Channels, cli, files, zero
 from keras_prune.surgery import model_inputs, relative_difference
 
 
@@ -151,7 +151,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypa
 
     monkeypatch.setattr(model, "save", fails)
     with pytest.raises(OSError):
-        cli.save_model(model, str(target))
+        files.save_model(model, str(target))
     assert [p.name for p in tmp_path.iterdir()] == ["small.keras"] and target.read_text() == "old"
 
 

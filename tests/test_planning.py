@@ -204,7 +204,7 @@ def test_unknown_spatial_size_is_counted_as_assumed_and_said():
         (dict(budget="fair"), "Known: global"),
         (dict(round_to=0), "whole number from 1"),
         (dict(protect=["nothing*"]), "fits no layer"),
-        (dict(protect=["conv*", "head"]), "leaves nothing"),
+        (dict(protect=["conv*", "head"]), "Nothing is left to prune"),
         (dict(criterion=lambda rows: rows), "one score per unit"),
         (dict(criterion=lambda rows: np.full(len(rows), np.nan)), "NaN or infinite scores"),
     ],

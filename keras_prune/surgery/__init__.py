@@ -1,8 +1,9 @@
 """Zero, cut, strip: write zeros, build the smaller model, cut what is zero."""
 
-from keras_prune.surgery.cutting import cut, zeroed
+from keras_prune.surgery.cutting import copied, cut, cut_with_twins, zeroed
 from keras_prune.surgery.stripping import (
     StripReport,
+    allowed_difference,
     check_finite,
     checked_inputs,
     model_inputs,
@@ -13,9 +14,12 @@ from keras_prune.surgery.zeros import dead_units, write_zeros, zero, zero_masks
 
 __all__ = [
     "StripReport",
+    "allowed_difference",
     "check_finite",
     "checked_inputs",
+    "copied",
     "cut",
+    "cut_with_twins",
     "dead_units",
     "model_inputs",
     "relative_difference",

@@ -29,11 +29,17 @@ def cut(channels: Channels, removed: Ids) -> keras.Model:
     Raises:
         ValueError: a layer cannot be rebuilt from its config, or a removed id is unknown.
     """
+    return cut_with_twins(channels, removed)[0]
+
+
+def cut_with_twins(channels: Channels, removed: Ids) -> tuple[keras.Model, dict[int, keras.Operation]]:
+    """The smaller model, and id(old operation) -> the new one that stands for it. Raises as `cut`."""
     alive = channels.alive(removed)
     for group in channels.groups:
         if not alive[group.units].any():
             raise ValueError(f"removed holds all {len(group)} units of {group.name}; at least one has to stay.")
-    return _Cut(channels, alive).model()
+    work = _Cut(channels, alive)
+    return work.model(), {key: new for key, (_, new) in work.new.items()}
 
 
 def zeroed(channels: Channels, removed: Ids) -> keras.Model:

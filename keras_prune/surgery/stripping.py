@@ -81,7 +81,7 @@ def strip(model: keras.Model, data=None, *, check: bool = True, report: bool = F
     difference = None
     if check:
         difference = relative_difference(model, small, batch)
-        limit = TOLERANCE if _is_float32(model) else 3e-2
+        limit = allowed_difference(model)
         if not difference <= limit:
             raise ValueError(
                 f"The stripped model's outputs differ by {difference:.1e} relative (allowed: {limit:.0e}), so it is "
@@ -100,11 +100,13 @@ def strip(model: keras.Model, data=None, *, check: bool = True, report: bool = F
     return (small, result) if report else small
 
 
-def _is_float32(model) -> bool:
-    """float16 and bfloat16 layers round at 1e-3 and 1e-2; the proof has to allow that."""
-    return all(
+def allowed_difference(model) -> float:
+    """How much two networks that compute the same may differ, relative: float16 and bfloat16 layers round at 1e-3 and
+    1e-2, and the proof has to allow that."""
+    exact = all(
         keras.backend.standardize_dtype(layer.compute_dtype) in ("float32", "float64") for layer in layers_of(model)
     )
+    return TOLERANCE if exact else 3e-2
 
 
 def check_finite(model) -> None:

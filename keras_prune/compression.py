@@ -1,0 +1,308 @@
+"""A smaller network in minutes: no labels, no training.
+
+`compress` = measure what each unit's removal costs (`surgeon`), take where it costs least for what it saves
+(`allocation`), cut, refit what is left to the original network's values (`reconstruction`), and check the result on
+samples that were held back.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import keras
+import numpy as np
+
+from keras_prune import metrics, schedules
+from keras_prune.allocation import Search
+from keras_prune.answers import Exam
+from keras_prune.channels import Channels
+from keras_prune.distillation import DistillReport, distill
+from keras_prune.internals import inputs_of
+from keras_prune.planning import Plan, described, protected
+from keras_prune.probes import unlabelled
+from keras_prune.program import Program
+from keras_prune.reconstruction import reconstruct
+from keras_prune.reports import before_after
+from keras_prune.rules import Ids
+from keras_prune.surgeon import Curve, curves
+from keras_prune.surgery import check_finite, copied, dead_units
+
+HELD_BACK = 0.2
+"""Fraction of the samples that nothing is fitted to: the result is measured on them."""
+EXAMINED = 256
+"""Samples on which the network's own output is looked at while widths are chosen."""
+
+
+@dataclass(frozen=True)
+class CompressReport:
+    """What `compress` did, measured on samples that were held back; prints itself.
+
+    Attributes:
+        plan: widths, totals, fences.
+        samples, held_back: numbers of samples fitted to, and measured on.
+        divergence: of the small network's answers from the original's, mean per held-back sample: Kullback-Leibler in
+            nats; for outputs that are no distribution the squared error ÷ the variance.
+        agreement: fraction of decisions (class, or yes / no) that are the original's; None if it decides nothing.
+        accuracy: (original, small) on the held-back samples, if labels were given.
+        seconds: wall-clock of the whole call.
+        distilled: report of the distillation, if it was asked for.
+        notes: what else a reader should know.
+    """
+
+    plan: Plan = field(repr=False)
+    samples: int
+    held_back: int
+    divergence: float
+    agreement: float | None
+    accuracy: tuple[float, float] | None
+    seconds: float
+    distilled: DistillReport | None = None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        titles = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
+        rows = [(titles.get(k, k), before, after, "count") for k, (before, after) in self.plan.totals.items()]
+        if self.agreement is not None:
+            rows.insert(0, ("agreement with the original", 1.0, self.agreement, "percent"))
+        if self.accuracy is not None:
+            rows.insert(0, ("accuracy", *self.accuracy, "percent"))
+        lines = [str(self.plan), "", before_after(rows), ""]
+        lines.append(
+            f"{self.seconds:.0f} s; fitted to {self.samples:,} unlabelled samples, measured on {self.held_back:,} "
+            f"others (divergence {self.divergence:.3g})"
+        )
+        if self.distilled:
+            lines.append(str(self.distilled))
+        return "\n".join([*lines, *(f"note: {note}" for note in self.notes)])
+
+    def to_json(self) -> str:
+        """All of it as JSON."""
+        content = {k: v for k, v in vars(self).items() if k not in ("plan", "distilled")}
+        content["distilled"] = asdict(self.distilled) if self.distilled else None
+        return json.dumps({**content, "plan": json.loads(self.plan.to_json())}, indent=1, default=float)
+
+
+def compress(
+    model: keras.Model,
+    data,
+    *,
+    sparsity: float | None = None,
+    target: dict[str, float] | None = None,
+    measure: str | metrics.Measure = "macs",
+    round_to: int = 8,
+    protect: Sequence[str | keras.layers.Layer] = (),
+    labels=None,
+    search_minutes: float = 0.0,
+    distill_minutes: float = 0.0,
+    memory: int = 2**31,
+    seed: int = 0,
+    progress: bool = False,
+    report: bool = False,
+):
+    """Make a trained network smaller with a few hundred unlabelled samples.
+
+    Args:
+        model: a built, trained Functional or Sequential model. It is not changed.
+        data: inputs as the model takes them (preprocessed, if it does not do that itself): arrays of shape
+            (samples, ...), or an iterable of batches; of (x, y) the labels are not used. 128 samples do something, 512
+            to 4,096 are better; `keras_prune.samples.read` reads folders of images and data sets.
+        sparsity: fraction of `measure` to remove, in [0, 1).
+        target: instead of it, what may be left: `{"macs": 0.5}` (a fraction) or `{"macs": 50e6, "params": 250_000}`
+            (numbers from 1 up); several at once are all met.
+        measure: "macs", "params", "memory", or a function (channels, removed) -> number, for `sparsity`.
+        round_to: widths are multiples of this, or stay whole; 1 for no rounding.
+        protect: layers, names, or name patterns that keep their width.
+        labels: integers, shape (samples,), only to print the accuracy as well; with arrays as data.
+        search_minutes: then look for better widths near the chosen ones for so long.
+        distill_minutes: then let the original teach the small network for so long, without labels.
+        memory: bytes for sums and kept values.
+        seed: of all random choices.
+        progress: show progress bars.
+        report: also return a `CompressReport`.
+
+    Returns:
+        The small model, or (small model, report).
+
+    Raises:
+        TypeError, ValueError: a model that cannot be walked, an argument out of range, data that does not fit.
+
+    Example:
+        >>> small, report = compress(model, x, target={"macs": 0.5}, report=True)     # doctest: +SKIP
+    """
+    began = time.perf_counter()
+    channels = Channels(model)
+    check_finite(model)
+    limits = _limits(channels, sparsity, target, measure)
+    inputs = unlabelled(model, data)
+    labels = _checked_labels(labels, data, inputs)
+    fitted, held = _split(len(keras.tree.flatten(inputs)[0]), seed)
+    inside, outside = (_part(model, inputs, part) for part in (fitted, held))
+    some = _part(model, inside, slice(0, EXAMINED))
+    reasons = protected(channels, protect)
+    found = _curves(channels, inside, some, reasons, memory, seed, progress)
+    search = _allocated(channels, found, limits, round_to)
+    notes = [_search(channels, search, inside, search_minutes, seed)] if search_minutes > 0 else []
+    plan = _as_plan(channels, search, found, limits, round_to, reasons, notes)
+    small = reconstruct(channels, plan.removed, inside, memory=memory, seed=seed, progress=progress)
+    distilled = None
+    if distill_minutes > 0:
+        small, distilled = distill(small, model, inside, minutes=distill_minutes, seed=seed, progress=progress)
+    if not report:
+        return small
+    exam = Exam(small, model, keras.tree.flatten(outside), 64)
+    divergence, agreement = exam.first
+    result = CompressReport(
+        plan=plan,
+        samples=len(fitted),
+        held_back=len(held),
+        divergence=divergence,
+        agreement=agreement,
+        accuracy=None if labels is None else _accuracies(exam, labels[held]),
+        seconds=time.perf_counter() - began,
+        distilled=distilled,
+    )
+    return small, result
+
+
+def _limits(channels, sparsity, target, measure) -> dict[str, tuple[Callable, float]]:
+    """Name -> (measure, what may be left of it)."""
+    if (sparsity is None) == (target is None):
+        raise ValueError("compress needs either sparsity= (fraction to remove) or target= (what may be left).")
+    if target is None:
+        function = metrics.get(measure)
+        name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
+        kept = 1 - schedules.check_sparsity(sparsity, "compress")
+        return {name: (function, kept * function(channels, ()))}
+    if not isinstance(target, dict) or not target:
+        raise ValueError(f"target={target!r}; expected for example {{'macs': 0.5}} or {{'params': 250_000}}.")
+    limits = {}
+    for name, value in target.items():
+        function = metrics.get(name)
+        if not value > 0:
+            raise ValueError(f"target {name}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
+        limits[name] = (function, value * function(channels, ()) if value < 1 else float(value))
+    return limits
+
+
+def _checked_labels(labels, data, inputs):
+    if labels is None and isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
+        labels = data[1]
+    if labels is None:
+        return None
+    labels, samples = np.asarray(labels).reshape(-1), len(keras.tree.flatten(inputs)[0])
+    if len(labels) < samples:
+        raise ValueError(f"{len(labels)} labels for {samples} samples; expected one integer for each.")
+    return labels[:samples]
+
+
+def _split(samples: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """(places to fit to, places to measure on)."""
+    if samples < 8:
+        raise ValueError(f"data holds {samples} samples; expected 8 or more, better 512.")
+    order = np.random.default_rng(seed).permutation(samples)
+    held = min(max(2, round(HELD_BACK * samples)), 1000)
+    return order[held:], order[:held]
+
+
+def _part(model, inputs, places):
+    return keras.tree.pack_sequence_as(inputs_of(model), [a[places] for a in keras.tree.flatten(inputs)])
+
+
+def _curves(channels, inside, some, reasons: dict, memory, seed, progress) -> list[Curve]:
+    """The curve of every group that may shrink; why the others may not is added to `reasons`."""
+    alive = channels.alive(dead_units(channels, strict=True))
+    groups = [g for g in channels.groups if g.index not in reasons and alive[g.units].any()]
+    found, unknown = curves(
+        channels, inside, groups=groups, exam_data=some, memory=memory, seed=seed, progress=progress
+    )
+    reasons.update(unknown)
+    if not found:
+        raise ValueError(f"Nothing can be cut here: {'; '.join(dict.fromkeys(reasons.values())) or 'no groups'}.")
+    return list(found.values())
+
+
+def _allocated(channels, found: list[Curve], limits, round_to) -> Search:
+    def excess(removed: Ids) -> float:
+        return sum(max(0.0, function(channels, removed) / limit - 1) for function, limit in limits.values())
+
+    already = dead_units(channels, strict=True)
+    search = Search(
+        [c.group for c in found], [c.order for c in found], [c.damage for c in found], excess, round_to, already
+    )
+    search.settle()
+    return search
+
+
+def _as_plan(channels, search: Search, found: list[Curve], limits, round_to, reasons, notes) -> Plan:
+    removed, least = search.leaving(search.counts), search.leaving([s[-1] if s else 0 for s in search.steps])
+    (name, (function, limit)), *_ = limits.items()
+    whole = function(channels, ())
+    asked, reached, largest = (1 - x / whole for x in (limit, function(channels, removed), function(channels, least)))
+    notes = list(notes)
+    if search.excess(search.counts) > 0:
+        notes.append(
+            f"the target is out of reach: with every group at its least width (multiples of {round_to}) {largest:.1%} "
+            f"of the {name} leave. Lower round_to or protect less"
+        )
+    return described(
+        channels,
+        removed,
+        sentence="keep "
+        + " and ".join(f"at most {limit:,.0f} {name}" for name, (_, limit) in limits.items())
+        + f", by measured damage to the output, widths in multiples of {round_to}",
+        asked=asked,
+        reached=reached,
+        largest=largest,
+        scores={c.group.index: c.scores() for c in found},
+        reasons=reasons,
+        notes=notes,
+        measures=[function for function, _ in limits.values()],
+    )
+
+
+def _search(channels, search: Search, inside, minutes: float, seed: int) -> str:
+    """Move one group at a time, let the others make up for it, reconstruct roughly, and keep what comes nearer.
+
+    Half of the samples are for the rough fits, the other half to look at; 512 of each at most.
+    """
+    rng, end = np.random.default_rng(seed), time.perf_counter() + 60 * minutes
+    half = min(len(keras.tree.flatten(inside)[0]) // 2, 2 * EXAMINED)
+    fit, look = (_part(channels.model, inside, s) for s in (slice(0, half), slice(half, 2 * half)))
+    exam = Exam(copied(channels)[0], channels.model, keras.tree.flatten(look), 64)
+
+    def distance() -> float:
+        small = Program(reconstruct(channels, search.leaving(search.counts), fit, rows=8192, passes=1, seed=seed))
+        values = small.run(small.start(look), 0, len(small.steps))
+        return exam.distance([keras.ops.convert_to_numpy(values[slot]) for slot in small.outputs])[0]
+
+    first = best = distance()
+    tried = kept = 0
+    movable = [k for k, steps in enumerate(search.steps) if steps]
+    while time.perf_counter() < end:
+        before, k = list(search.counts), int(rng.choice(movable))
+        choices = [0, *search.steps[k]]
+        place = choices.index(before[k]) + int(rng.choice([-2, -1, 1, 2]))
+        if not 0 <= place < len(choices):
+            continue
+        search.counts[k] = choices[place]
+        search.settle(fixed=k)
+        tried += 1
+        if search.now <= 0 and (now := distance()) < best:
+            best, kept = now, kept + 1
+        else:
+            search.counts = before
+    return f"search: {kept} of {tried} moves kept, divergence of rough fits {first:.3g} -> {best:.3g}"
+
+
+def _accuracies(exam: Exam, labels: np.ndarray) -> tuple[float, float]:
+    """Of the original and the small network, by their first output."""
+
+    def accuracy(answers):
+        first = answers[0]
+        decided = first.argmax(-1) if first.shape[-1] > 1 else (first.reshape(-1) > 0.5).astype(int)
+        return float((decided.reshape(-1) == labels).mean())
+
+    return accuracy(exam.wanted), accuracy(exam.answers(exam.view))
