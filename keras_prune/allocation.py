@@ -58,19 +58,40 @@ class Search:
         self._give_back(fixed)
 
     def _take(self, fixed) -> None:
-        """A heap of offers. What others give up makes a step worth less, so that an old offer is only too good."""
-        offers = [(-math.inf, k, None) for k in range(len(self.groups)) if k != fixed]
-        heapq.heapify(offers)
-        clock = 0
-        while offers and self.now > 0:
-            price, k, made = heapq.heappop(offers)
-            if made is not None and made[0] == clock:
-                self.counts[k] = made[1]
-                self.now = self.excess(self.counts)
-                clock += 1
-            offer = self._offer(k)
-            if offer is not None and offer[0] < math.inf:
-                heapq.heappush(offers, (offer[0], k, (clock, offer[1])))
+        """A heap of offers. What others give up makes a step worth less, so that an old offer is only too good; one
+        that was worth nothing is asked again, for a limit on a peak rewards a group only while it makes the peak."""
+        free = [k for k in range(len(self.groups)) if k != fixed]
+        offers: list[tuple] = []
+        waiting, clock = set(free), 0
+        while self.now > 0:
+            for k in waiting:
+                heapq.heappush(offers, (-math.inf, k, None))
+            waiting = set()
+            taken = None
+            while offers:
+                _, k, made = heapq.heappop(offers)
+                if made is not None and made[0] == clock:
+                    taken = k, made[1]
+                    break
+                offer = self._offer(k)
+                if offer is None or offer[0] == math.inf:
+                    waiting.add(k)
+                else:
+                    heapq.heappush(offers, (offer[0], k, (clock, offer[1])))
+            taken = taken or self._cheapest(free)
+            if taken is None:
+                return
+            k, self.counts[k] = taken
+            self.now = self.excess(self.counts)
+            waiting.add(k)
+            clock += 1
+
+    def _cheapest(self, free: Sequence[int]) -> tuple[int, int] | None:
+        """(group, number) of the cheapest next step: where none saves anything alone, two may together."""
+        further = [(k, n) for k in free for n in self.steps[k] if n > self.counts[k]]
+        nearest = {k: n for k, n in reversed(further)}
+        steps = [(self.costs[k][n] - self.costs[k][self.counts[k]], k, n) for k, n in nearest.items()]
+        return min(steps)[1:] if steps else None
 
     def _offer(self, k: int) -> tuple[float, int] | None:
         """(cost per excess saved, number of units gone then) of the best next step of a group."""
@@ -84,9 +105,7 @@ class Search:
         return best
 
     def _give_back(self, fixed) -> None:
-        """The last step may have been too long: return what the limits allow, the most costly first."""
-        if self.now > 0:
-            return
+        """Steps may have been too long, or for nothing: return what the limits allow, the most costly first."""
         again = True
         while again:
             again = False
@@ -96,7 +115,7 @@ class Search:
                 if lower is not None and k != fixed:
                     gains.append((self.costs[k][count] - self.costs[k][lower], k, lower))
             for gain, k, lower in sorted(gains, reverse=True):
-                if gain > 0 and self.excess([*self.counts[:k], lower, *self.counts[k + 1 :]]) <= 0:
+                if gain > 0 and self.excess([*self.counts[:k], lower, *self.counts[k + 1 :]]) <= self.now:
                     self.counts[k] = lower
                     again = True
                     break

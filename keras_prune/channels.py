@@ -13,7 +13,7 @@ import keras
 import numpy as np
 
 from keras_prune.groups import Group, Member, Tensor, Term, Weight
-from keras_prune.internals import check_model, graph_of, is_graph, nodes_of
+from keras_prune.internals import check_model, entering, graph_of, is_graph, nodes_of
 from keras_prune.rules import FROZEN, Call, Fence, Ids, Labels, Ledger, find_rule
 
 
@@ -75,7 +75,7 @@ class Channels:
             tensors = node.input_tensors
             ids = [values[id(t)] for t in tensors]
             if is_graph(operation):
-                out = self._walk(graph_of(operation), ids)
+                out = self._walk(graph_of(operation), [values[id(t)] for t in entering(node)])
             else:
                 call = Call(operation, args, kwargs, tensors, ids, node.outputs, self._specs, self._ledger)
                 out = self._visit(node, call)
@@ -91,7 +91,7 @@ class Channels:
         for node in nodes_of(graph):
             args, kwargs = node.arguments.fill_in(known)
             if is_graph(node.operation):
-                out = self._assume(graph_of(node.operation), [known[id(t)] for t in node.input_tensors])
+                out = self._assume(graph_of(node.operation), [known[id(t)] for t in entering(node)])
             else:
                 out = keras.tree.flatten(node.operation.compute_output_spec(*args, **kwargs))
             known.update((id(t), spec) for t, spec in zip(node.outputs, out))

@@ -204,6 +204,14 @@ def _compress(given) -> int:
     for path in (given.output, given.tflite, report_path):
         if path:
             files.check_writable(path)
+    _check_suffix(given.output, ".keras")
+    target = _targets(given.target)
+    if given.tflite:
+        import tflite_export
+        from tflite_export import recipes
+
+        _check_suffix(given.tflite, ".tflite")
+        recipes.get(given.recipe)
     model = _loaded(given.model, given.unsafe)
     say = (lambda text: print(text, file=sys.stderr)) if given.json else print
     read = samples.read(
@@ -221,7 +229,7 @@ def _compress(given) -> int:
     small, report = compression.compress(
         model,
         read.x,
-        target=_targets(given.target),
+        target=target,
         labels=read.y,
         round_to=given.round_to,
         protect=given.protect,
@@ -233,22 +241,30 @@ def _compress(given) -> int:
     )
     files.save_model(small, given.output)
     content = {**json.loads(report.to_json()), "output": given.output}
-    written = [given.output]
-    if given.tflite:
-        import tflite_export
-
-        exported = tflite_export.export(small, given.tflite, given.recipe, data=read.x)
-        content["tflite"] = json.loads(exported.to_json())
-        written.append(given.tflite)
+    written = [given.output, report_path]
     Path(report_path).write_text(json.dumps(content, indent=1) + "\n")
+    if given.tflite:
+        try:
+            exported = tflite_export.export(small, given.tflite, given.recipe, data=read.x)
+        except Exception as error:  # the work of minutes is kept
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise ValueError(f"{given.output} and {report_path} were written, {given.tflite} not: {reason}") from error
+        content["tflite"] = json.loads(exported.to_json())
+        Path(report_path).write_text(json.dumps(content, indent=1) + "\n")
+        written.append(given.tflite)
     if given.json:
         print(json.dumps(content, indent=1))
     else:
         print(report)
         if given.tflite:
             print(f"\n{exported}")
-        print(f"\nwrote {', '.join([*written, report_path])}")
+        print(f"\nwrote {', '.join(written)}")
     return 0
+
+
+def _check_suffix(path: str, suffix: str) -> None:
+    if Path(path).suffix != suffix:
+        raise ValueError(f"{path}: expected a {suffix} file; give a name that ends so.")
 
 
 def _targets(texts: Sequence[str]) -> dict[str, float]:

@@ -23,17 +23,21 @@ from keras_prune.distillation import DistillReport, distill
 from keras_prune.internals import inputs_of
 from keras_prune.planning import Plan, described, protected
 from keras_prune.probes import unlabelled
-from keras_prune.program import Program
+from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import reconstruct
 from keras_prune.reports import before_after
 from keras_prune.rules import Ids
 from keras_prune.surgeon import Curve, curves
 from keras_prune.surgery import check_finite, copied, dead_units
 
+AT_MOST = 4096
+"""Samples at most that are used."""
 HELD_BACK = 0.2
 """Fraction of the samples that nothing is fitted to: the result is measured on them."""
 EXAMINED = 256
-"""Samples on which the network's own output is looked at while widths are chosen."""
+"""Samples at most on which the network's own output is looked at while widths are chosen."""
+EXAM_MACS = 1.5e12
+"""Multiply-accumulates at most that these looks take altogether: a few minutes on two cores."""
 
 
 @dataclass(frozen=True)
@@ -136,11 +140,12 @@ def compress(
     channels = Channels(model)
     check_finite(model)
     limits = _limits(channels, sparsity, target, measure)
-    inputs = unlabelled(model, data)
+    inputs = unlabelled(model, data, AT_MOST)
     labels = _checked_labels(labels, data, inputs)
     fitted, held = _split(len(keras.tree.flatten(inputs)[0]), seed)
     inside, outside = (_part(model, inputs, part) for part in (fitted, held))
-    some = _part(model, inside, slice(0, EXAMINED))
+    looks = 2 * max(1, len(channels.groups) * metrics.macs(channels, ()))
+    some = _part(model, inside, slice(0, int(min(EXAMINED, max(32, EXAM_MACS / looks)))))
     reasons = protected(channels, protect)
     found = _curves(channels, inside, some, reasons, memory, seed, progress)
     search = _allocated(channels, found, limits, round_to)
@@ -154,15 +159,17 @@ def compress(
         return small
     exam = Exam(small, model, keras.tree.flatten(outside), 64)
     divergence, agreement = exam.first
+    accuracy = None if labels is None else _accuracies(exam, labels[held])
     result = CompressReport(
         plan=plan,
         samples=len(fitted),
         held_back=len(held),
         divergence=divergence,
         agreement=agreement,
-        accuracy=None if labels is None else _accuracies(exam, labels[held]),
+        accuracy=accuracy,
         seconds=time.perf_counter() - began,
         distilled=distilled,
+        notes=() if labels is None or accuracy else ("no accuracy: the first output is no choice of one class",),
     )
     return small, result
 
@@ -189,12 +196,14 @@ def _limits(channels, sparsity, target, measure) -> dict[str, tuple[Callable, fl
 
 def _checked_labels(labels, data, inputs):
     if labels is None and isinstance(data, tuple) and len(data) == 2 and np.ndim(data[1]) == 1:
-        labels = data[1]
+        if np.issubdtype(np.asarray(data[1]).dtype, np.integer):  # other numbers are no classes
+            labels = data[1]
     if labels is None:
         return None
-    labels, samples = np.asarray(labels).reshape(-1), len(keras.tree.flatten(inputs)[0])
-    if len(labels) < samples:
-        raise ValueError(f"{len(labels)} labels for {samples} samples; expected one integer for each.")
+    labels, samples = np.asarray(labels), len(keras.tree.flatten(inputs)[0])
+    labels = labels[:, 0] if labels.ndim == 2 and labels.shape[1] == 1 else labels
+    if labels.ndim != 1 or len(labels) < samples or (len(labels) > samples and samples < AT_MOST):
+        raise ValueError(f"labels of shape {labels.shape} for {samples} samples; expected one integer for each.")
     return labels[:samples]
 
 
@@ -275,12 +284,16 @@ def _search(channels, search: Search, inside, minutes: float, seed: int) -> str:
 
     def distance() -> float:
         small = Program(reconstruct(channels, search.leaving(search.counts), fit, rows=8192, passes=1, seed=seed))
-        values = small.run(small.start(look), 0, len(small.steps))
-        return exam.distance([keras.ops.convert_to_numpy(values[slot]) for slot in small.outputs])[0]
+        last = len(small.steps)
+        made = [small.run(small.start(x), 0, last) for x in batches_of(channels.model, look, 64)]
+        got = (np.concatenate([keras.ops.convert_to_numpy(v[slot]) for v in made]) for slot in small.outputs)
+        return exam.distance(list(got))[0]
 
+    movable = [k for k, steps in enumerate(search.steps) if steps]
+    if search.now > 0 or not movable:
+        return "search: nothing to look for, the target is out of reach"
     first = best = distance()
     tried = kept = 0
-    movable = [k for k, steps in enumerate(search.steps) if steps]
     while time.perf_counter() < end:
         before, k = list(search.counts), int(rng.choice(movable))
         choices = [0, *search.steps[k]]
@@ -297,12 +310,14 @@ def _search(channels, search: Search, inside, minutes: float, seed: int) -> str:
     return f"search: {kept} of {tried} moves kept, divergence of rough fits {first:.3g} -> {best:.3g}"
 
 
-def _accuracies(exam: Exam, labels: np.ndarray) -> tuple[float, float]:
-    """Of the original and the small network, by their first output."""
-
-    def accuracy(answers):
-        first = answers[0]
-        decided = first.argmax(-1) if first.shape[-1] > 1 else (first.reshape(-1) > 0.5).astype(int)
-        return float((decided.reshape(-1) == labels).mean())
-
-    return accuracy(exam.wanted), accuracy(exam.answers(exam.view))
+def _accuracies(exam: Exam, labels: np.ndarray) -> tuple[float, float] | None:
+    """Of the original and the small network, by their first output; None if it does not choose one class per sample."""
+    output, wanted, got = exam.outputs[0], exam.wanted[0], exam.answers(exam.view)[0]
+    if output.kind == "classes":
+        decided = [answers.argmax(-1) for answers in (wanted, got)]
+    else:
+        probabilities = output.teacher_probabilities, output.student_probabilities
+        decided = [(a > (0.5 if p else 0.0)).astype(int) for a, p in zip((wanted, got), probabilities)]
+    if output.kind == "values" or decided[0].size != len(labels):
+        return None
+    return tuple(float((d.reshape(-1) == labels).mean()) for d in decided)

@@ -53,6 +53,15 @@ def outputs_of(model):
     return graph_of(model)._outputs_struct
 
 
+def entering(node) -> list:
+    """The tensors a nested model is called on, in the order of its inputs."""
+    args, kwargs = node.arguments.args, node.arguments.kwargs
+    given = args[0] if args else kwargs["inputs"]
+    if isinstance(given, dict) and not isinstance(inputs_of(node.operation), dict):
+        given = [given[t.name] for t in graph_of(node.operation).inputs]  # Keras matches the names
+    return keras.tree.flatten(given)
+
+
 def input_layer_of(tensor):
     """The InputLayer that made a symbolic input."""
     return tensor._keras_history.operation

@@ -105,12 +105,17 @@ class Reader:
         weights: shape (columns, outputs). They are brought up to date.
         columns: the columns of each unit, shape (units, width).
         importance: what a squared error of 1 counts.
+        ridge: the λ in `inverse`.
     """
 
     inverse: np.ndarray
     weights: np.ndarray
     columns: np.ndarray
     importance: float = 1.0
+    ridge: float = 0.0
+
+    def __post_init__(self):
+        self.original = self.weights.copy()
 
     def costs(self, units: np.ndarray) -> np.ndarray:
         """What the removal of each of these units costs, shape (units,): tr(W_Jᵀ [H_JJ]⁻¹ W_J)."""
@@ -126,7 +131,11 @@ class Reader:
         factor = np.linalg.solve(self.inverse[np.ix_(j, j)], self.inverse[j])
         self.weights -= factor.T @ self.weights[j]
         self.inverse -= self.inverse[:, j] @ factor
-        self.weights[j] = 0
+        self.weights[j] = self.inverse[j] = self.inverse[:, j] = 0  # not almost: nothing grows from there
+
+    def pull(self) -> float:
+        """λ |W - original|²: what is in the costs until now, but is no error of what the kernel makes."""
+        return self.importance * self.ridge * float(np.square(self.weights - self.original).sum())
 
 
 @dataclass
@@ -135,12 +144,16 @@ class Elimination:
 
     Attributes:
         order: places of the units, the cheapest first; the last one of all stays and is not in it.
-        costs: what each removal costs at its time, the others having taken over what they can.
+        costs: what each removal costs at its time, the others having taken over what they can; λ |W - original|²
+            is in it.
+        errors: the squared errors alone after 1, 2, ... removals. With fewer rows than columns λ is large, and the
+            costs are many times as large as this.
         weights: number of removed units -> the readers' weights then.
     """
 
     order: np.ndarray
     costs: np.ndarray
+    errors: np.ndarray
     weights: dict[int, list[np.ndarray]] = field(default_factory=dict)
 
 
@@ -155,24 +168,32 @@ def eliminate(
         readers: everything that reads the units; their costs add up.
         fixed: costs from elsewhere, shape (units,), which do not change.
         looks: numbers of removed units at which the weights are wanted.
-        at_once: of more than this many units, more than one leaves before the costs are computed anew.
+        at_once: of more than this many units, more than one leaves before the costs are computed anew. A unit that
+            became dearer meanwhile than those behind it waits: the other half of a pair of equals.
     """
     units = len(fixed) if fixed is not None else len(readers[0].columns)
-    alive, order, costs, found = np.arange(units), [], [], {}
+    alive, order, costs, pulls, found = np.arange(units), [], [], [], {}
     while len(alive) > 1:
         cost = np.zeros(len(alive)) if fixed is None else fixed[alive]
         cost = cost + sum(reader.costs(alive) for reader in readers)
-        leave = np.argsort(cost, kind="stable")[: min(len(alive) - 1, max(1, len(alive) // at_once))]
-        for number, place in enumerate(leave):
+        ranked = np.argsort(cost, kind="stable")
+        several = min(len(alive) - 1, max(1, len(alive) // at_once))
+        left = []
+        for number, place in enumerate(ranked[:several]):
             unit = alive[[place]]
             now = cost[place]
             if number:
                 now = sum(float(r.costs(unit)[0]) for r in readers) + (0.0 if fixed is None else fixed[unit[0]])
+                if now > cost[ranked[several]]:
+                    continue
             for reader in readers:
                 reader.remove(int(unit[0]))
+            left.append(place)
             order.append(int(unit[0]))
             costs.append(max(float(now), 0.0))
+            pulls.append(sum(reader.pull() for reader in readers))
             if len(order) in looks:
                 found[len(order)] = [reader.weights.copy() for reader in readers]
-        alive = np.delete(alive, leave)
-    return Elimination(np.array(order, int), np.array(costs), found)
+        alive = np.delete(alive, left)
+    errors = np.maximum.accumulate(np.maximum(np.cumsum(costs) - pulls, 0.0))
+    return Elimination(np.array(order, int), np.array(costs), errors, found)

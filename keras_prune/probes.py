@@ -71,7 +71,7 @@ def unlabelled(model: keras.Model, data, at_most: int = 4096):
         raise ValueError("This needs data: unlabelled inputs, shape (samples, ...), as the model takes them.")
     parts, seen = [], 0
     for batch in input_batches(data, 256):
-        arrays = [keras.ops.convert_to_numpy(a) for a in keras.tree.flatten(batch)]
+        arrays = [keras.ops.convert_to_numpy(a) for a in keras.tree.flatten(_in_order(model, batch))]
         parts.append(arrays)
         seen += len(arrays[0])
         if seen >= at_most:
@@ -83,6 +83,14 @@ def unlabelled(model: keras.Model, data, at_most: int = 4096):
     if len(joined) != len(tensors):
         raise ValueError(f"data holds {len(joined)} arrays, but the model has {len(tensors)} inputs.")
     return checked_inputs(model, keras.tree.pack_sequence_as(inputs_of(model), joined))
+
+
+def _in_order(model: keras.Model, batch):
+    """A batch by the names of the inputs, in their order, which is not the order of the names."""
+    names = [t.name for t in keras.tree.flatten(inputs_of(model))]
+    if isinstance(batch, dict) and not isinstance(inputs_of(model), dict) and set(batch) == set(names):
+        return [batch[name] for name in names]
+    return batch
 
 
 def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> list[dict[int, np.ndarray]]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_prune.internals import graph_of, inputs_of, is_graph, nodes_of
+from keras_prune.internals import entering, graph_of, inputs_of, is_graph, nodes_of
 
 Values = dict
 """Slot -> tensor of the backend."""
@@ -102,14 +102,10 @@ class Program:
 
     def _enter(self, node, slots: dict[int, int]) -> list[int]:
         """Slots of what a nested model is given, in the order of its inputs."""
-        args, kwargs = node.arguments.args, node.arguments.kwargs
-        given, inputs = args[0] if args else kwargs["inputs"], graph_of(node.operation).inputs
-        if isinstance(given, dict) and not isinstance(inputs_of(node.operation), dict):
-            given = [given[t.name] for t in inputs]  # Keras matches the names
-        given = keras.tree.flatten(given)
-        masks = [None] * len(given) if kwargs.get("mask") is None else keras.tree.flatten(kwargs["mask"])
+        given, mask = entering(node), node.arguments.kwargs.get("mask")
+        masks = [None] * len(given) if mask is None else keras.tree.flatten(mask)
         found = []
-        for tensor, mask, own in zip(given, masks, inputs):
+        for tensor, mask, own in zip(given, masks, graph_of(node.operation).inputs):
             slot = slots[id(tensor)]
             if mask is not None or tensor.dtype != own.dtype or len(tensor.shape) != len(own.shape):
                 takes = tuple((id(t), slots[id(t)]) for t in (tensor, mask) if t is not None)

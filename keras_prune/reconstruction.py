@@ -20,7 +20,7 @@ from keras_prune.channels import Channels
 from keras_prune.least_squares import Normal, refit, refit_wide
 from keras_prune.program import Program, Values, batches_of, listening, size_of
 from keras_prune.rules import Ids
-from keras_prune.sites import Site, site_of, sites_of, tail_of
+from keras_prune.sites import Site, Tail, site_of, sites_of, tail_of
 from keras_prune.surgery import check_finite, checked_inputs, cut_with_twins
 
 WIDE = 8192
@@ -33,7 +33,7 @@ def reconstruct(
     data,
     *,
     rows: int = 32768,
-    passes: int = 3,
+    passes: int = 2,
     strength: float | None = None,
     batch_size: int = 64,
     memory: int = 2**31,
@@ -46,8 +46,8 @@ def reconstruct(
         model: the original network, or its `Channels`. It is not changed.
         removed: ids of the units that leave.
         data: unlabelled inputs in the structure of the model's inputs, shape (samples, ...), as the model takes them.
-        rows: how many output positions, spread evenly over the samples, a kernel is fitted to; at least four for each
-            of its columns are taken where there are so many.
+        rows: how many output positions, spread evenly over the samples, a kernel is fitted to at most; but at least
+            four and not more than 256 for each of its columns.
         passes: rounds in which targets that a ReLU cuts off anyway are relaxed: below zero any value will do
             [as Zhang et al. 2016, arXiv:1505.06798, section 3.2, in spirit].
         strength: of the pull towards the original weights; default: the stronger, the fewer rows per column.
@@ -65,6 +65,9 @@ def reconstruct(
     channels = model if isinstance(model, Channels) else Channels(model)
     check_finite(channels.model)
     data = checked_inputs(channels.model, data)
+    for array in keras.tree.flatten(data):
+        if not np.isfinite(_array(array)).all():
+            raise ValueError("data holds NaN or infinite numbers; expected what the model is meant to be given.")
     run = _Run(channels, removed, data, rows, passes, strength, batch_size, memory, seed)
     for pair in watched(run.pairs, "reconstruct", progress):
         run.refit(pair)
@@ -85,7 +88,7 @@ class _Run:
         alive = channels.alive(removed)
         self.small, twins = cut_with_twins(channels, removed)
         self.old, self.new = Program(channels.model), Program(self.small)
-        self.pairs = [_Pair(site, twins, alive, self.old) for site in sites_of(channels, self.old)]
+        self.pairs = [_Pair(site, twins, channels, alive, self.old) for site in sites_of(channels, self.old)]
         self.rows, self.passes, self.strength = rows, passes, strength
         self.memory, self.seed = memory, seed
         self.samples = len(keras.tree.flatten(data)[0])
@@ -106,7 +109,7 @@ class _Run:
                     kept = None
             there = inputs_of_layer(self.old, old, pair.site.layer, first, last)
             here = inputs_of_layer(self.new, new, pair.twin.layer, first, last)
-            for x, z in zip(there, here):
+            for x, z in zip(map(pair.aligned, there), here):
                 at = choose(rng, pair.site, x.shape, self.samples, self.rows, self.memory)
                 fit.add(*pair.rows_and_targets(x, z, old, new, at))
         fit.solve(self.strength)
@@ -125,7 +128,7 @@ def inputs_of_layer(program: Program, values: Values, layer, first: int, last: i
 def choose(rng, site: Site, shape: Sequence[int], samples: int, rows: int, memory: int) -> np.ndarray:
     """Output positions of one batch, out of all that an input of this shape has: its share of the rows wanted."""
     blocks, columns, _ = site.matrix().shape
-    wanted = rows if columns > WIDE else max(rows, 4 * columns)
+    wanted = rows if columns > WIDE else max(min(rows, 256 * columns), 4 * columns)
     wanted = min(wanted, max(1024, memory // (16 * blocks * columns)))
     count = site.view.count(tuple(shape))
     n = math.ceil(wanted * shape[0] / (samples * len(site.steps)))
@@ -145,7 +148,7 @@ class _Pair:
         scale, shift: the next activation sees `scale * rows @ matrix + shift`, and what is added to it.
     """
 
-    def __init__(self, site: Site, twins: dict, alive: np.ndarray, program: Program):
+    def __init__(self, site: Site, twins: dict, channels: Channels, alive: np.ndarray, program: Program):
         layer = twins[id(site.weight.layer)]
         self.site, self.matrix = site, site.matrix()
         self.twin = site_of(replace(site.weight, variable=attrgetter(site.weight.name)(layer), layer=layer), site.steps)
@@ -153,7 +156,8 @@ class _Pair:
         keep = site.kept(alive)
         self.blocks = keep.any((1, 2))
         self.outputs = keep[self.blocks].any(1)
-        self.tail = tail_of(program, site)
+        self.rows_left = _rows_left(channels, alive, site, program)
+        self.tail = Tail() if self.rows_left else tail_of(program, site)
         self.norm = self.tail.norm and twins[id(self.tail.norm)]
         self.scale, self.shift = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
         if self.twin.bias is not None:
@@ -161,6 +165,7 @@ class _Pair:
         if self.norm is not None:
             self.scale, offset = self._affine(self.norm, len(program.steps[site.steps[0]].node.outputs[0].shape))
             self.shift = self.scale * self.shift + offset
+        self.scale, self.shift = (v.astype(np.float32) for v in (self.scale, self.shift))  # they meet many rows
 
     def _affine(self, norm, rank: int) -> tuple[np.ndarray, np.ndarray]:
         scale = 1 / np.sqrt(_array(norm.moving_variance) + norm.epsilon) * (_array(norm.gamma) if norm.scale else 1)
@@ -168,6 +173,12 @@ class _Pair:
         shape = [-1 if axis == norm.axis % rank else 1 for axis in range(rank)]
         one = np.zeros(1, int)
         return tuple(self.twin.view.outputs(v.reshape(shape), one) for v in (scale, offset))
+
+    def aligned(self, x: np.ndarray) -> np.ndarray:
+        """An input of the original network with the rows that the small one has."""
+        for axis, keep in self.rows_left.items():
+            x = x.compress(keep, axis)
+        return x
 
     def rows_and_targets(self, x, z, old: Values, new: Values, at: np.ndarray) -> tuple[np.ndarray, ...]:
         """Rows of the small network, what the original made there, and what is added to it afterwards.
@@ -202,6 +213,18 @@ class _Pair:
         target = self.twin.bias if self.twin.bias is not None else self.norm.moving_mean
         sign = 1 if self.twin.bias is not None else -1
         target.assign(_array(target) + sign * intercept.reshape(target.shape).astype("float32"))
+
+
+def _rows_left(channels: Channels, alive: np.ndarray, site: Site, program: Program) -> dict[int, np.ndarray]:
+    """Axis of the input -> what stays of it, for units that the kernel lets pass: each of them is a row."""
+    step = program.steps[site.steps[0]]
+    if site.layer is not step.operation:  # inside an attention, where units are columns
+        return {}
+    ids = channels.ids_of(step.node.input_tensors[0])
+    own = [axis for axis in site.weight.axes if axis is not None]
+    if max(ids.shape) < ids.size or alive[ids].all() or (own and np.isin(ids[ids > 0], np.concatenate(own)).any()):
+        return {}
+    return {int(np.argmax(ids.shape)): alive[ids.ravel()]}
 
 
 class _Fit:

@@ -110,13 +110,11 @@ def site_of(weight: Weight, steps: tuple[int, ...]) -> Site | None:
 def unmeasured(channels: Channels, group: Group, sites: list[Site]) -> str:
     """Why the removal of the group's units cannot be measured at what reads them; "" if it can."""
     known = {id(site.weight): site for site in sites}
-    readers = [m for m in group.members if m.reads]
+    readers = [m for m in group.members if m.reads and m.weight.is_kernel and "depthwise_kernel" not in m.weight.name]
     if not readers:
-        return "nothing with a kernel reads it"
+        return "nothing with a kernel that mixes channels reads it"
     for member in readers:
         layer = member.weight.layer
-        if not member.weight.is_kernel or "depthwise_kernel" in member.weight.name:
-            continue
         site = known.get(id(member.weight))
         if site is None or site.columns(group) is None:
             return f"read by {layer.name} ({type(layer).__name__}), which cannot be refitted"
@@ -155,6 +153,8 @@ def tail_of(program: Program, site: Site) -> Tail:
     for step, slot in _path(program, program.steps[site.steps[0]].gives[0]):
         operation, kind = step.operation, type(step.operation).__name__
         if isinstance(operation, keras.layers.BatchNormalization) and norm is None and not summands:
+            if not _is_its_own(program, operation, site, step.node.input_tensors[0]):
+                return Tail()
             norm = operation
         elif kind == "Add" and len(step.takes) > 1 and not summands and _alike(step.node.input_tensors):
             summands = tuple(s for _, s in step.takes if s != slot)
@@ -172,6 +172,20 @@ def _path(program: Program, slot: int) -> Iterator[tuple]:
         step = program.steps[users[0]]
         yield step, slot
         slot = step.gives[0]
+
+
+def _is_its_own(program: Program, norm, site: Site, tensor) -> bool:
+    """Whether a normalisation is called only here, and has one mean for each output of the kernel."""
+    if sum(step.operation is norm for step in program.steps) > 1:
+        return False
+    shape = [1, *(2 if d is None else d for d in tensor.shape[1:])]
+    blocks, _, outputs = site.matrix().shape
+    axis = norm.axis % len(shape)
+    if shape[axis] != blocks * outputs:
+        return False
+    places = np.arange(shape[axis]).reshape([-1 if a == axis else 1 for a in range(len(shape))])
+    first = site.view.outputs(np.broadcast_to(places, shape), np.zeros(1, int))
+    return np.array_equal(first[:, 0], np.arange(blocks * outputs).reshape(blocks, outputs))
 
 
 def _alike(tensors) -> bool:

@@ -12,17 +12,16 @@ from dataclasses import dataclass
 import keras
 import numpy as np
 
-from keras_prune.answers import Exam
 from keras_prune.channels import Channels
+from keras_prune.damage import Damage
 from keras_prune.groups import Group
-from keras_prune.least_squares import Elimination, Normal, Reader, eliminate
+from keras_prune.least_squares import Normal, Reader, eliminate
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import WIDE, choose, inputs_of_layer, watched
-from keras_prune.rules import Ids
-from keras_prune.sites import Site, sites_of, unmeasured
-from keras_prune.surgery import checked_inputs, copied, write_zeros, zero_masks
+from keras_prune.sites import Site, sites_of, tail_of, unmeasured
+from keras_prune.surgery import checked_inputs
 
-LOOKS = (0.15, 0.4, 0.7)
+LOOKS = (0.25, 0.6)
 """Fractions of a group at whose removal the network's own output is looked at."""
 
 
@@ -44,9 +43,10 @@ class Curve:
     damage: np.ndarray | None = None
 
     def scores(self) -> np.ndarray:
-        """One per unit, higher = keep: by how much its removal raises the curve, never less than those before it."""
+        """One per unit, higher = keep: by how much its removal raises the curve, and more than of those before it."""
         steps = np.diff(self.error if self.damage is None else self.damage, prepend=0.0)
         raised = np.maximum.accumulate(np.append(steps, steps[-1] if len(steps) else 1.0))
+        raised += 1e-9 * raised[-1] * np.arange(len(raised))  # equals leave in this order: later ones took over
         scores = np.empty(len(self.group))
         last = np.setdiff1d(np.arange(len(self.group)), self.order)
         scores[np.concatenate([self.order, last])] = raised
@@ -72,7 +72,7 @@ def curves(
         data: unlabelled inputs in the structure of the model's inputs, shape (samples, ...).
         groups: which groups; default: all.
         exam_data: inputs on which the damage to the network's own output is measured too; None: it is not.
-        rows: how many output positions are looked at per kernel, and at least four per column.
+        rows: how many output positions are looked at per kernel, as for `reconstruct`.
         batch_size: samples that run at once.
         memory: bytes for the sums; if they do not fit, the data run through the network several times.
         seed: of the choice of positions.
@@ -82,7 +82,7 @@ def curves(
         (curves by group index, reasons by group index why there is none).
 
     Raises:
-        ValueError: data that does not fit the model.
+        ValueError: data that does not fit the model, or is not finite.
     """
     data = checked_inputs(channels.model, data)
     program = Program(channels.model)
@@ -94,13 +94,15 @@ def curves(
             reasons[group.index] = reason
         else:
             ready.append(group)
-    exam = None if exam_data is None else _Damage(channels, exam_data, batch_size)
+    exam = None if exam_data is None else Damage(channels, exam_data, batch_size, memory)
+    if exam:
+        ready.sort(key=exam.start)
     batches = list(batches_of(channels.model, data, batch_size))
     samples = len(keras.tree.flatten(data)[0])
     for some in watched(list(_portions(ready, sites, memory)), "measure", progress):
         measured = _measured(program, _readers(some, sites), batches, samples, rows, memory, seed)
         for group in some:
-            found[group.index] = _curve(group, sites, measured, exam)
+            found[group.index] = _curve(group, sites, measured, exam, program)
     return found, reasons
 
 
@@ -130,85 +132,67 @@ def _measured(program, sites, batches, samples, rows, memory, seed) -> dict[int,
     shapes = {id(site.kernel): site.matrix().shape for site in sites}
     # Too wide for the products of all columns: only the rows are kept, see `_alone`.
     sums: dict[int, Normal | list] = {key: Normal(*s) if s[1] <= WIDE else [] for key, s in shapes.items()}
-    rng = np.random.default_rng(seed)
+    rngs = {key: np.random.default_rng(seed) for key in shapes}  # a site's rows do not depend on its company
     for batch in batches:
         values, at = program.start(batch), 0
         for site in sites:
             first, last = site.steps[0], site.steps[-1]
             values, at = program.run(values, at, first), first
             for x in inputs_of_layer(program, values, site.layer, first, last):
-                chosen = choose(rng, site, x.shape, samples, rows, memory)
+                chosen = choose(rngs[id(site.kernel)], site, x.shape, samples, rows, memory)
                 seen, held = site.view.rows(x, chosen), sums[id(site.kernel)]
-                held.append(seen[0]) if isinstance(held, list) else held.add(seen, seen @ site.matrix())
+                if not np.isfinite(seen).all():
+                    raise ValueError(
+                        f"Layer {site.layer.name!r} is given NaN or infinite numbers on this data: is the data, and is "
+                        "the model, what it should be?"
+                    )
+                held.append(seen) if isinstance(held, list) else held.add(seen, seen @ site.matrix())
     return sums
 
 
-def _curve(group: Group, sites: list[Site], measured: dict, exam: _Damage | None) -> Curve:
-    readers, places, fixed = [], [], np.zeros(len(group))
+def _curve(group: Group, sites: list[Site], measured: dict, exam: Damage | None, program: Program) -> Curve:
+    readers, places, means, fixed = [], [], [], np.zeros(len(group))
     for site in _readers([group], sites):
         sums, columns = measured[id(site.kernel)], site.columns(group)
         matrix = site.matrix().astype(np.float64)
+        has_intercept = site.bias is not None or tail_of(program, site).norm is not None
         if isinstance(sums, list):
-            fixed += _alone(np.concatenate(sums), matrix[0], columns[0])
+            fixed += _alone(np.concatenate(sums, axis=1), matrix, columns, has_intercept)
             continue
-        normal = sums.centred()
-        inverses = np.linalg.inv(normal.gram + normal.ridge() * np.eye(normal.gram.shape[1]))
-        energy = float(normal.square.sum())
+        spread = sums.centred()
+        normal = spread if has_intercept else sums
+        ridge = normal.ridge()
+        inverses = np.linalg.inv(normal.gram + ridge * np.eye(normal.gram.shape[1]))
+        energy = _energy(spread.square, sums.square)
         for block, weights in enumerate(matrix):
-            readers.append(Reader(inverses[block], weights, columns[block], 1 / energy if energy > 0 else 0.0))
+            readers.append(Reader(inverses[block], weights, columns[block], 1 / energy, float(ridge[block, 0, 0])))
             places.append((site, block))
+            means.append(normal.sum_x[block] / max(normal.count, 1))
     looks = sorted({max(1, round(f * len(group))) for f in LOOKS} - {len(group)}) if exam else []
-    done = eliminate(readers, fixed if fixed.any() else None, looks)
-    error = np.cumsum(done.costs)
-    damage = exam.along(group, done, places, error) if exam else None
-    return Curve(group, done.order, error, damage)
+    done = eliminate(readers, fixed if fixed.any() or not readers else None, looks)
+    damage = exam.along(group, done, places, means, done.errors) if exam else None
+    return Curve(group, done.order, done.errors, damage)
 
 
-def _alone(rows: np.ndarray, matrix: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Cost of each unit if nobody takes over: the energy of what it contributes."""
-    made = rows @ matrix
-    energy = float(np.square(made - made.mean(0)).sum())
-    parts = (rows[:, at] @ matrix[at] for at in columns)
-    return np.array([float(np.square(p - p.mean(0)).sum()) for p in parts]) / max(energy, 1e-30)
+def _energy(spread: np.ndarray, square: np.ndarray) -> float:
+    """What a kernel's errors are divided by: the variance of what it makes, unless that is rounding noise."""
+    return max(float(spread.sum()), 1e-6 * float(square.sum()), 1e-30)
 
 
-class _Damage:
-    """What the removal of some units of one group does to the network's output."""
+def _alone(rows: np.ndarray, matrix: np.ndarray, columns: list[np.ndarray], has_intercept: bool) -> np.ndarray:
+    """Cost of each unit if nobody takes over: the energy of what it contributes, beyond what an intercept can give.
 
-    def __init__(self, channels: Channels, data, batch_size: int):
-        self.channels = channels
-        self.copy, self.twins = copied(channels)
-        self.exam = Exam(self.copy, channels.model, [np.asarray(a) for a in keras.tree.flatten(data)], batch_size)
+    Args:
+        rows: (blocks, rows, columns).
+        matrix: (blocks, columns, outputs).
+        columns: of each unit, (units, width) per block.
+    """
 
-    def along(self, group: Group, done: Elimination, places, error: np.ndarray) -> np.ndarray:
-        """The curve in terms of the output: measured at a few points, shaped by the error between them."""
-        if not done.weights:
-            return error
-        at = np.array(sorted(done.weights))
-        ratio = [
-            max(self.at(group, done.order[:n], places, done.weights[n]), 1e-7) / max(error[n - 1], 1e-12) for n in at
-        ]
-        between = np.exp(np.interp(np.arange(1, len(error) + 1), at, np.log(ratio)))
-        return np.maximum.accumulate(error * between)
+    def squares(made):
+        return np.square(made - made.mean(0)).sum(), np.square(made).sum()
 
-    def at(self, group: Group, places: np.ndarray, sites, weights) -> float:
-        """Divergence of the output with these units gone and their readers refitted."""
-        removed: Ids = group.units[places]
-        touched = {}
-        for weight, mask in zero_masks(self.channels, removed):
-            twin = self.twins[id(weight.variable)]
-            touched[id(twin)] = (twin, keras.ops.convert_to_numpy(twin))
-            write_zeros(twin, mask)
-        matrices: dict[int, tuple[Site, np.ndarray]] = {}
-        for (site, block), matrix in zip(sites, weights):
-            if id(site.kernel) not in matrices:
-                matrices[id(site.kernel)] = (site, site.matrix().copy())
-            matrices[id(site.kernel)][1][block] = matrix
-        for site, whole in matrices.values():
-            twin = self.twins[id(site.kernel)]
-            touched.setdefault(id(twin), (twin, keras.ops.convert_to_numpy(twin)))
-            twin.assign(site.view.kernel(whole).astype("float32"))
-        distance = self.exam.distance(self.exam.answers(self.exam.view))[0]
-        for twin, value in touched.values():
-            twin.assign(value)
-        return distance if np.isfinite(distance) else 1e6
+    whole, costs = np.zeros(2), np.zeros(len(columns[0]))
+    for x, weights, places in zip(rows, matrix, columns):
+        whole += squares(x @ weights)
+        costs += [squares(x[:, at] @ weights[at])[0 if has_intercept else 1] for at in places]
+    return costs / _energy(*whole)

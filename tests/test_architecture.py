@@ -41,6 +41,7 @@ FLOORS = {
         "reports": 5,
         "widths": 5,
         "reconstruction": 5,
+        "damage": 5,
         "surgeon": 6,
         "planning": 7,
         "pruners": 8,
