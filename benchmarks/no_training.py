@@ -42,6 +42,7 @@ NETWORKS = {
 }
 TITLES = {"resnet20": "ResNet-20", "resnet56": "ResNet-56", "resnet8": "MLPerf Tiny ResNet-8", "dscnn": "KWS DS-CNN"}
 CRITERIA = ("l1", "l2", "fpgm", "taylor", "random", "obs")
+SEARCH_MINUTES = 2
 CLIPS = 500  # of the 1,000 for keyword spotting, to fit to
 MARKERS = ("<!-- benchmarks/no_training.py -->", "<!-- end -->")
 AFTER = ("cut", "recalibrated", "reconstructed")
@@ -120,7 +121,8 @@ def one(network: str, folder: str, method: str, after: str, kept: float, count: 
     with PeakMemory() as memory:
         start = time.perf_counter()
         if method == "compress":
-            small = compress(model, x, sparsity=1 - kept, round_to=1, seed=seed)
+            minutes = SEARCH_MINUTES if after == "searched" else 0
+            small = compress(model, x, sparsity=1 - kept, round_to=1, search_minutes=minutes, seed=seed)
             if after == "recalibrated":
                 recalibrate_batchnorm(small, x)
         else:
@@ -158,6 +160,18 @@ def tuned(network: str, folder: str, small, seed: int) -> float:
         batch = batch[:, top : top + 32, left : left + 32]
         small.train_on_batch(change(batch[:, :, ::-1] if rng.random() < 0.5 else batch), y[some])
     return time.perf_counter() - start
+
+
+def timed(name: str, images: int = 512) -> dict:
+    """Seconds and peak memory of `compress` for an untrained network of keras.applications and random images."""
+    keras.utils.set_random_seed(0)
+    model = getattr(keras.applications, name)(weights=None)
+    x = np.random.default_rng(0).normal(0, 0.5, (images, *model.input_shape[1:])).astype("float32")
+    with PeakMemory() as memory:
+        start = time.perf_counter()
+        compress(model, x, sparsity=0.5)
+        seconds = time.perf_counter() - start
+    return {"images": images, "side": model.input_shape[1], "seconds": seconds, "peak_mib": memory.peak}
 
 
 def rows_wanted(given) -> list[tuple]:
@@ -234,7 +248,7 @@ def table(results: dict) -> str:
         head = [f"{kept:.0%} of the MACs" for kept in kepts]
         text += [f"{main:,} samples | " + " | ".join(head), "---|" + "---|" * len(kepts)]
         for method in ("compress", *CRITERIA):
-            for after in ("reconstructed", "recalibrated", "cut", "distilled", "fine-tuned"):
+            for after in ("reconstructed", "searched", "recalibrated", "cut", "distilled", "fine-tuned"):
                 cells = [cell(select(mine, method=method, after=after, kept=k, samples=main)) for k in kepts]
                 if any(c != "–" for c in cells):
                     name = "**compress**" if (method, after) == ("compress", "reconstructed") else method
@@ -248,6 +262,11 @@ def table(results: dict) -> str:
                     cells = [cell(select(some, kept=k)) for k in kepts]
                     seconds, peak = (mean(row[key] for row in some) for key in ("seconds", "peak_mib"))
                     text.append(f"{count:,} samples | " + " | ".join(cells) + f" | {seconds:.0f} | {peak:,.0f}")
+    for name, row in results.get("times", {}).items():
+        text.append(
+            f"\ncompress of {name} (untrained, {row['images']} random {row['side']}-pixel images, half of the MACs):"
+            f" {row['seconds']:.0f} s, {row['peak_mib']:,.0f} MiB at the peak."
+        )
     machine = results["machine"]
     return (
         "# Without training\n\nWritten by `python benchmarks/no_training.py` "
@@ -307,13 +326,20 @@ def main() -> None:
     parser.add_argument("--data-dir", default=os.environ.get(datasets.VARIABLE))
     parser.add_argument("--networks", nargs="+", default=list(NETWORKS), choices=list(NETWORKS))
     parser.add_argument("--methods", nargs="+", default=["compress", *CRITERIA])
-    parser.add_argument("--after", nargs="+", default=list(AFTER), help="also distilled, fine-tuned (of compress)")
+    parser.add_argument(
+        "--after", nargs="+", default=list(AFTER), help="also searched, distilled, fine-tuned: compress"
+    )
     parser.add_argument("--kept", nargs="+", type=float, default=[0.7, 0.5, 0.3], help="fraction of the MACs")
     parser.add_argument("--samples", nargs="+", type=int, default=[1024])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--time", nargs="+", default=[], metavar="NAME", help="only time keras.applications networks")
     parser.add_argument("--table", action="store_true", help="measure nothing, only write the page")
     given = parser.parse_args()
-    if not given.table:
+    for name in given.time:
+        results = load()
+        results.setdefault("times", {})[name] = timed(name)
+        save(results)
+    if not given.table and not given.time:
         if not given.data_dir:
             parser.error("--data-dir is needed")
         measure(given, given.data_dir)

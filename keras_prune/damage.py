@@ -43,7 +43,7 @@ class Damage:
         return min(self.steps[id(m.weight.layer)] for m in group.members)
 
     def along(self, group: Group, done: Elimination, places: Sequence[tuple[Site, int]], means, error) -> np.ndarray:
-        """The curve in terms of the output: measured at a few points, in between as the error grows.
+        """The curve in terms of the output: measured at a few points, in between as a power of the error.
 
         Args:
             done: the order, and the readers' weights at those points.
@@ -56,10 +56,7 @@ class Damage:
         self._move(self.start(group))
         points = sorted(done.weights)
         found = [self._distance(group.units[done.order[:n]], places, means, done.weights[n]) for n in points]
-        known = np.array([0.0, *(error[n - 1] for n in points)])
-        damage = np.maximum.accumulate([0.0, *found])
-        beyond = damage[-1] * error / max(known[-1], 1e-30)
-        return np.maximum.accumulate(np.where(error > known[-1], beyond, np.interp(error, known, damage)))
+        return _between(error, np.array([error[n - 1] for n in points]), np.maximum.accumulate(found))
 
     def _move(self, step: int) -> None:
         """Keep the values before a step, if they fit; groups come in the order of the network."""
@@ -120,3 +117,17 @@ class Damage:
             return site.bias, 1
         norm = tail_of(self.original, site).norm
         return None if norm is None else (norm.moving_mean, -1)
+
+
+def _between(error: np.ndarray, known: np.ndarray, damage: np.ndarray) -> np.ndarray:
+    """A curve through the points (known error, damage), a power of the error between them.
+
+    The first errors do less than their share: the divergence starts flat, and downstream much of them is forgotten.
+    So the first power goes on below the first point, within reason; beyond the last one damage grows as the error.
+    """
+    error, known, damage = np.maximum(error, 1e-12), np.maximum(known, 1e-12), np.maximum(damage, 1e-9)
+    rise = np.log(known[-1] / known[0]) if len(known) > 1 else 0.0
+    power = np.clip(np.log(damage[-1] / damage[0]) / rise, 1.0, 3.0) if rise > 1e-6 else 1.0
+    inside = np.exp(np.interp(np.log(error), np.log(known), np.log(damage)))
+    below, beyond = damage[0] * (error / known[0]) ** power, damage[-1] * error / known[-1]
+    return np.maximum.accumulate(np.where(error < known[0], below, np.where(error > known[-1], beyond, inside)))

@@ -34,7 +34,7 @@ class Curve:
         order: places of its units in the order in which they leave; the last one of all stays.
         error: squared error at its readers ÷ the variance of what they make, summed over them, after 1, 2, ... units,
             shape (units - 1,): all other weights of the readers take over what they can.
-        damage: the same in terms of the network's own output, where that was measured (`measured_damage`).
+        damage: the same in terms of the network's own output, where that was measured (see `damage.Damage`).
     """
 
     group: Group

@@ -173,42 +173,6 @@ def test_the_other_half_of_a_pair_waits_even_if_it_was_second_in_line():
     assert order[0] in (0, 299) and not {0, 299} <= set(order)
 
 
-def test_the_other_half_of_a_pair_waits_even_if_it_was_second_in_line():
-    """Of 300 units two leave at a time; the pair costs nothing, but one of the two is worth more than all others."""
-    rng = np.random.default_rng(1)
-    x, w = rng.normal(size=(400, 300)), rng.normal(size=(300, 2))
-    x[:, 0] *= 10
-    x[:, 299] = x[:, 0]
-    one = reader(x, w, np.arange(300)[:, None], ridge=1e-9)
-    assert set(one.costs(np.arange(300)).argsort()[:2]) == {0, 299}
-    order = list(eliminate([one]).order)
-    assert order[0] in (0, 299) and not {0, 299} <= set(order)
-
-
-def test_the_other_half_of_a_pair_waits_even_if_it_was_second_in_line():
-    """Of 300 units two leave at a time; the pair costs nothing, but one of the two is worth more than all others."""
-    rng = np.random.default_rng(1)
-    x, w = rng.normal(size=(400, 300)), rng.normal(size=(300, 2))
-    x[:, 0] *= 10
-    x[:, 299] = x[:, 0]
-    one = reader(x, w, np.arange(300)[:, None], ridge=1e-9)
-    assert set(one.costs(np.arange(300)).argsort()[:2]) == {0, 299}
-    order = list(eliminate([one]).order)
-    assert order[0] in (0, 299) and not {0, 299} <= set(order)
-
-
-def test_the_other_half_of_a_pair_waits_even_if_it_was_second_in_line():
-    """Of 300 units two leave at a time; the pair costs nothing, but one of the two is worth more than all others."""
-    rng = np.random.default_rng(1)
-    x, w = rng.normal(size=(400, 300)), rng.normal(size=(300, 2))
-    x[:, 0] *= 10
-    x[:, 299] = x[:, 0]
-    one = reader(x, w, np.arange(300)[:, None], ridge=1e-9)
-    assert set(one.costs(np.arange(300)).argsort()[:2]) == {0, 299}
-    order = list(eliminate([one]).order)
-    assert order[0] in (0, 299) and not {0, 299} <= set(order)
-
-
 def test_at_once_changes_little_and_only_above_that_many():
     x, w, columns = problem(3, 40, rows=200)
     one, two = (eliminate([reader(x, w, columns)], at_once=n, looks=(20,)) for n in (40, 8))

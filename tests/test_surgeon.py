@@ -478,30 +478,6 @@ def test_scores_keep_the_order_where_later_units_cost_less():
     assert np.allclose(curve.scores()[[5, 2, 7, 0, 1, 6, 3, 4]], [3, 3, 3, 5.8, 5.8, 5.8, 11, 11], rtol=1e-6)
 
 
-def test_scores_keep_the_order_where_later_units_cost_less():
-    """The second unit costs little once the first is gone: it must not leave before it."""
-    _, _, channels, found, _ = studied("sequential_dense")
-    curve = surgeon.Curve(channels.groups[1], np.array([5, 2, 7, 0, 1, 6, 3]), np.array([3.0, 3.1, 3.2, 9, 9, 9, 20]))
-    assert list(curve.scores().argsort(kind="stable")) == [5, 2, 7, 0, 1, 6, 3, 4]
-    assert np.allclose(curve.scores()[[5, 2, 7, 0, 1, 6, 3, 4]], [3, 3, 3, 5.8, 5.8, 5.8, 11, 11], rtol=1e-6)
-
-
-def test_scores_keep_the_order_where_later_units_cost_less():
-    """The second unit costs little once the first is gone: it must not leave before it."""
-    _, _, channels, found, _ = studied("sequential_dense")
-    curve = surgeon.Curve(channels.groups[1], np.array([5, 2, 7, 0, 1, 6, 3]), np.array([3.0, 3.1, 3.2, 9, 9, 9, 20]))
-    assert list(curve.scores().argsort(kind="stable")) == [5, 2, 7, 0, 1, 6, 3, 4]
-    assert np.allclose(curve.scores()[[5, 2, 7, 0, 1, 6, 3, 4]], [3, 3, 3, 5.8, 5.8, 5.8, 11, 11], rtol=1e-6)
-
-
-def test_scores_keep_the_order_where_later_units_cost_less():
-    """The second unit costs little once the first is gone: it must not leave before it."""
-    _, _, channels, found, _ = studied("sequential_dense")
-    curve = surgeon.Curve(channels.groups[1], np.array([5, 2, 7, 0, 1, 6, 3]), np.array([3.0, 3.1, 3.2, 9, 9, 9, 20]))
-    assert list(curve.scores().argsort(kind="stable")) == [5, 2, 7, 0, 1, 6, 3, 4]
-    assert np.allclose(curve.scores()[[5, 2, 7, 0, 1, 6, 3, 4]], [3, 3, 3, 5.8, 5.8, 5.8, 11, 11], rtol=1e-6)
-
-
 def test_obs_leaves_out_what_is_protected_and_needs_data():
     model, x, channels = trained()
     result = plan(channels, 0.2, criterion="obs", data=x, protect="inner*")
