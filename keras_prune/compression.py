@@ -94,7 +94,7 @@ def compress(
     data,
     *,
     sparsity: float | None = None,
-    target: dict[str, float] | None = None,
+    target: dict[str | metrics.Measure, float] | None = None,
     measure: str | metrics.Measure = "macs",
     round_to: int = 8,
     protect: Sequence[str | keras.layers.Layer] = (),
@@ -115,7 +115,8 @@ def compress(
             to 4,096 are better; `keras_prune.samples.read` reads folders of images and data sets.
         sparsity: fraction of `measure` to remove, in [0, 1).
         target: instead of it, what may be left: `{"macs": 0.5}` (a fraction) or `{"macs": 50e6, "params": 250_000}`
-            (numbers from 1 up); several at once are all met.
+            (numbers from 1 up); several at once are all met. The limit of a function, `{latency: 0.8}`, is a number as
+            it stands.
         measure: "macs", "params", "memory", or a function (channels, removed) -> number, for `sparsity`.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding.
         protect: layers, names, or name patterns that keep their width.
@@ -187,10 +188,11 @@ def _limits(channels, sparsity, target, measure) -> dict[str, tuple[Callable, fl
         raise ValueError(f"target={target!r}; expected for example {{'macs': 0.5}} or {{'params': 250_000}}.")
     limits = {}
     for name, value in target.items():
-        function = metrics.get(name)
+        function, label = metrics.get(name), name if isinstance(name, str) else getattr(name, "__name__", "measure")
         if not value > 0:
-            raise ValueError(f"target {name}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
-        limits[name] = (function, value * function(channels, ()) if value < 1 else float(value))
+            raise ValueError(f"target {label}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
+        is_fraction = isinstance(name, str) and value < 1
+        limits[label] = (function, value * function(channels, ()) if is_fraction else float(value))
     return limits
 
 

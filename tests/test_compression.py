@@ -234,3 +234,17 @@ def test_a_model_without_channels_says_so():
     inputs = keras.Input((6,))
     with pytest.raises(ValueError, match="Nothing can be cut"):
         compress(keras.Model(inputs, layers.Dense(3)(inputs)), X, sparsity=0.5)
+
+
+def test_a_function_is_a_limit_as_it_stands(trained):
+    """A latency in ms below 1 is no fraction; it falls in stairs of eight channels, so single units save nothing."""
+    model = trained[0]
+
+    def latency(channels, removed):
+        widths = (len(np.setdiff1d(g.units, removed)) for g in channels.groups)
+        return 0.01 * sum(-(-w // 8) for w in widths)
+
+    whole = latency(Channels(model), ())
+    small, report = compress(model, trained[1], target={latency: 0.8 * whole}, round_to=1, report=True)
+    assert whole < 1 and latency(Channels(small), ()) <= 0.8 * whole
+    assert report.plan.totals["latency"] == (whole, latency(Channels(small), ()))
