@@ -311,6 +311,8 @@ def _planned(given):
 
     if given.criterion == "taylor":
         raise ValueError("criterion taylor needs labelled data: call keras_prune.plan(model, data=(x, y)) in Python.")
+    if given.criterion == "obs":
+        raise ValueError("criterion obs looks at data: use keras-prune compress ... --images folder/.")
     return plan(
         _loaded(given.model, given.unsafe),
         given.sparsity,

@@ -135,3 +135,8 @@ def test_help_has_an_example(capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main(["compress", "--help"])
     assert stop.value.code == 0 and "example: keras-prune compress" in capsys.readouterr().out
+
+
+def test_prune_by_obs_points_to_compress(folder, tmp_path, capsys):
+    code = cli.main(["prune", str(folder / "model.keras"), str(tmp_path / "small.keras"), "--criterion", "obs"])
+    assert code == 2 and "keras-prune compress" in capsys.readouterr().err and not list(tmp_path.iterdir())
