@@ -282,7 +282,8 @@ def readme(results: dict, samples: int = 1024) -> str:
         for row in results["rows"]
         if row["samples"] == min(samples, CLIPS if row["network"] == "dscnn" else samples)
     ]
-    lines = ["network | whole | MACs left | **compress** | best of l1, l2, fpgm, taylor | random | seconds", "---|" * 7]
+    columns = "network|whole|MACs left|**compress**|best of l1, l2, fpgm, taylor|that one, reconstructed|random|s"
+    lines = [columns.replace("|", " | "), "---|" * 8]
     for network, dense in results["dense"].items():
         for kept in (0.7, 0.5):
             mine = select(rows, network=network, kept=kept)
@@ -297,10 +298,15 @@ def readme(results: dict, samples: int = 1024) -> str:
             lines.append(
                 f"{TITLES[network]} | {dense:.1%} | {kept:.0%} | **{mean(r['accuracy'] for r in ours):.1%}** | "
                 + (f"{best['accuracy']:.1%} ({best['method']}, {best['after']})" if best else "–")
-                + f" | {max((r['accuracy'] for r in chance), default=float('nan')):.1%}"
-                + f" | {mean(r['seconds'] for r in ours):.0f}"
+                + f" | {_percent(select(mine, method=best['method'], after='reconstructed')) if best else '–'}"
+                + f" | {_percent(chance)} | {mean(r['seconds'] for r in ours):.0f}"
             )
     return "\n".join(lines)
+
+
+def _percent(rows: list[dict]) -> str:
+    """The best of some rows."""
+    return f"{max(row['accuracy'] for row in rows):.1%}" if rows else "–"
 
 
 def into_readme(text: str) -> None:
