@@ -182,9 +182,11 @@ def rows_wanted(given) -> list[tuple]:
             for count in dict.fromkeys(min(n, CLIPS) if network == "dscnn" else n for n in given.samples):
                 for method in given.methods:
                     seeds = given.seeds if method in ("compress", "random") else given.seeds[:1]
-                    stages = [a for a in given.after if a in AFTER or method == "compress"]
+                    stages = [a for a in given.after if a in AFTER]
                     if method == "compress":  # it reconstructs; whatever else was asked for comes on top
-                        stages = [a for a in stages if a not in ("cut", "recalibrated") or given.after != list(AFTER)]
+                        stages = (
+                            ["reconstructed"] if given.after == list(AFTER) else [a for a in given.after if a != "cut"]
+                        )
                     wanted += [(network, method, a, kept, count, s) for a in stages for s in seeds]
     return wanted
 

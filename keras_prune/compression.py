@@ -21,14 +21,14 @@ from keras_prune.answers import Exam
 from keras_prune.channels import Channels
 from keras_prune.distillation import DistillReport, distill
 from keras_prune.internals import inputs_of
-from keras_prune.planning import Plan, described, protected
+from keras_prune.planning import TITLES, Plan, described, name_of, protected
 from keras_prune.probes import unlabelled
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import reconstruct
 from keras_prune.reports import before_after
 from keras_prune.rules import Ids
-from keras_prune.surgeon import Curve, curves
-from keras_prune.surgery import check_finite, copied, dead_units
+from keras_prune.surgeon import LOOKS, Curve, curves
+from keras_prune.surgery import check_finite, dead_units
 
 AT_MOST = 4096
 """Samples at most that are used."""
@@ -67,8 +67,7 @@ class CompressReport:
     notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
-        titles = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
-        rows = [(titles.get(k, k), before, after, "count") for k, (before, after) in self.plan.totals.items()]
+        rows = [(TITLES.get(k, k), before, after, "count") for k, (before, after) in self.plan.totals.items()]
         if self.agreement is not None:
             rows.insert(0, ("agreement with the original", 1.0, self.agreement, "percent"))
         if self.accuracy is not None:
@@ -145,11 +144,12 @@ def compress(
     labels = _checked_labels(labels, data, inputs)
     fitted, held = _split(len(keras.tree.flatten(inputs)[0]), seed)
     inside, outside = (_part(model, inputs, part) for part in (fitted, held))
-    looks = 2 * max(1, len(channels.groups) * metrics.macs(channels, ()))
+    looks = len(LOOKS) * max(1, len(channels.groups) * metrics.macs(channels, ()))
     some = _part(model, inside, slice(0, int(min(EXAMINED, max(32, EXAM_MACS / looks)))))
     reasons = protected(channels, protect)
-    found = _curves(channels, inside, some, reasons, memory, seed, progress)
-    search = _allocated(channels, found, limits, round_to)
+    already = dead_units(channels, strict=True)
+    found = _curves(channels, inside, some, reasons, already, memory, seed, progress)
+    search = _allocated(channels, found, limits, round_to, already)
     notes = [_search(channels, search, inside, search_minutes, seed)] if search_minutes > 0 else []
     plan = _as_plan(channels, search, found, limits, round_to, reasons, notes)
     small = reconstruct(channels, plan.removed, inside, memory=memory, seed=seed, progress=progress)
@@ -181,14 +181,13 @@ def _limits(channels, sparsity, target, measure) -> dict[str, tuple[Callable, fl
         raise ValueError("compress needs either sparsity= (fraction to remove) or target= (what may be left).")
     if target is None:
         function = metrics.get(measure)
-        name = measure if isinstance(measure, str) else getattr(measure, "__name__", "measure")
         kept = 1 - schedules.check_sparsity(sparsity, "compress")
-        return {name: (function, kept * function(channels, ()))}
+        return {name_of(measure): (function, kept * function(channels, ()))}
     if not isinstance(target, dict) or not target:
         raise ValueError(f"target={target!r}; expected for example {{'macs': 0.5}} or {{'params': 250_000}}.")
     limits = {}
     for name, value in target.items():
-        function, label = metrics.get(name), name if isinstance(name, str) else getattr(name, "__name__", "measure")
+        function, label = metrics.get(name), name_of(name)
         if not value > 0:
             raise ValueError(f"target {label}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
         is_fraction = isinstance(name, str) and value < 1
@@ -222,9 +221,9 @@ def _part(model, inputs, places):
     return keras.tree.pack_sequence_as(inputs_of(model), [a[places] for a in keras.tree.flatten(inputs)])
 
 
-def _curves(channels, inside, some, reasons: dict, memory, seed, progress) -> list[Curve]:
+def _curves(channels, inside, some, reasons: dict, already, memory, seed, progress) -> list[Curve]:
     """The curve of every group that may shrink; why the others may not is added to `reasons`."""
-    alive = channels.alive(dead_units(channels, strict=True))
+    alive = channels.alive(already)
     groups = [g for g in channels.groups if g.index not in reasons and alive[g.units].any()]
     found, unknown = curves(
         channels, inside, groups=groups, exam_data=some, memory=memory, seed=seed, progress=progress
@@ -235,11 +234,10 @@ def _curves(channels, inside, some, reasons: dict, memory, seed, progress) -> li
     return list(found.values())
 
 
-def _allocated(channels, found: list[Curve], limits, round_to) -> Search:
+def _allocated(channels, found: list[Curve], limits, round_to, already) -> Search:
     def excess(removed: Ids) -> float:
         return sum(max(0.0, function(channels, removed) / limit - 1) for function, limit in limits.values())
 
-    already = dead_units(channels, strict=True)
     search = Search(
         [c.group for c in found], [c.order for c in found], [c.damage for c in found], excess, round_to, already
     )
@@ -282,7 +280,7 @@ def _search(channels, search: Search, inside, minutes: float, seed: int) -> str:
     rng, end = np.random.default_rng(seed), time.perf_counter() + 60 * minutes
     half = min(len(keras.tree.flatten(inside)[0]) // 2, 2 * EXAMINED)
     fit, look = (_part(channels.model, inside, s) for s in (slice(0, half), slice(half, 2 * half)))
-    exam = Exam(copied(channels)[0], channels.model, keras.tree.flatten(look), 64)
+    exam = Exam(channels.model, channels.model, keras.tree.flatten(look), 64)  # the answers to compare with
 
     def distance() -> float:
         small = Program(reconstruct(channels, search.leaving(search.counts), fit, rows=8192, passes=1, seed=seed))

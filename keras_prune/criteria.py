@@ -88,9 +88,6 @@ CRITERIA: dict[str, Criterion | None] = {
     "random": None,  # needs a generator: see `get`
 }
 
-NEEDS_DATA = frozenset({"taylor", "obs"})
-"""Criteria that look at data: "taylor" at labelled ones, "obs" at inputs alone."""
-
 SCALES = frozenset({"bn_scale"})
 """Criteria whose rows are the scales of norms instead of kernels."""
 

@@ -12,7 +12,7 @@ from keras_prune.channels import Channels
 from keras_prune.groups import Group
 from keras_prune.least_squares import Elimination
 from keras_prune.program import Program, batches_of, size_of
-from keras_prune.sites import Site, tail_of
+from keras_prune.sites import Site, intercept_of, tail_of
 from keras_prune.surgery import copied, write_zeros, zero_masks
 
 
@@ -75,16 +75,19 @@ class Damage:
         """Divergence of the output with these units gone and their readers refitted."""
         before = {}
 
-        def change(variable, value):
+        def remembered(variable):
+            """The copy's variable; what it holds now comes back in the end."""
             twin = self.twins[id(variable)]
             before.setdefault(id(twin), (twin, keras.ops.convert_to_numpy(twin)))
+            return twin
+
+        def change(variable, value):
+            twin = remembered(variable)
             twin.assign(np.asarray(value).astype(keras.backend.standardize_dtype(twin.dtype)))
 
         try:
             for weight, mask in zero_masks(self.channels, removed):
-                twin = self.twins[id(weight.variable)]
-                before.setdefault(id(twin), (twin, keras.ops.convert_to_numpy(twin)))
-                write_zeros(twin, mask)
+                write_zeros(remembered(weight.variable), mask)
             for site in {id(site.kernel): site for site, _ in places}.values():
                 matrix = site.matrix().astype(np.float64)
                 shift = np.zeros((len(matrix), matrix.shape[2]))
@@ -93,7 +96,7 @@ class Damage:
                         shift[block] = mean @ (matrix[block] - new)
                         matrix[block] = new
                 change(site.kernel, site.view.kernel(matrix))
-                place = self._intercept(site)
+                place = intercept_of(site.bias, tail_of(self.original, site).norm)
                 if place is not None:
                     variable, sign = place
                     twin = keras.ops.convert_to_numpy(self.twins[id(variable)])
@@ -110,13 +113,6 @@ class Damage:
             np.concatenate([keras.ops.convert_to_numpy(values[slot]) for values in outputs])
             for slot in self.program.outputs
         ]
-
-    def _intercept(self, site: Site):
-        """(the original's variable that takes a shift of the site's output, its sign), or None."""
-        if site.bias is not None:
-            return site.bias, 1
-        norm = tail_of(self.original, site).norm
-        return None if norm is None else (norm.moving_mean, -1)
 
 
 def _between(error: np.ndarray, known: np.ndarray, damage: np.ndarray) -> np.ndarray:

@@ -112,7 +112,7 @@ class Plan:
         for key, (before, after) in self.totals.items():
             gone = 1 - after / before if before else 0.0
             lines.append(
-                f"  {_TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed"
+                f"  {TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed"
             )
         lines.append(f"  asked {self.asked:.1%}, reached {self.reached:.1%}, largest possible {self.largest:.1%}")
         for fence in self.fences[:20]:
@@ -123,7 +123,7 @@ class Plan:
         return "\n".join(lines)
 
 
-_TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
+TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
 
 
 def _number(n: float) -> str:
@@ -208,7 +208,7 @@ def plan(
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
     reached = choice.sparsity(counts)
-    what, by, how = (_name(x) for x in (measure, criterion, budget))
+    what, by, how = (name_of(x) for x in (measure, criterion, budget))
     refitted = f", refitted on {len(keras.tree.flatten(inputs)[0]):,} samples" if reconstruct else ""
     return described(
         channels,
@@ -261,14 +261,14 @@ def prune(model: keras.Model, sparsity: float = 0.5, **arguments) -> keras.Model
     return plan(model, sparsity, **arguments).cut()
 
 
-def _name(choice) -> str:
+def name_of(choice) -> str:
     """What a name or a function is called."""
     return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
 
 
 def _totals(measures) -> dict[str, metrics.Measure]:
     own = {"params": metrics.params, "macs": metrics.macs, "memory": metrics.memory}
-    return {**own, **{_name(m): m for m in measures if callable(m)}}
+    return {**own, **{name_of(m): m for m in measures if callable(m)}}
 
 
 def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:

@@ -178,4 +178,4 @@ def size_of(values: Values) -> int:
 
 def _numpy_dtype(tensor) -> str:
     dtype = keras.backend.standardize_dtype(tensor.dtype)
-    return {"bfloat16": "float16", "bool": "bool"}.get(dtype, dtype)
+    return {"bfloat16": "float16"}.get(dtype, dtype)

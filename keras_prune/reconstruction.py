@@ -20,7 +20,7 @@ from keras_prune.channels import Channels
 from keras_prune.least_squares import Normal, refit, refit_wide
 from keras_prune.program import Program, Values, batches_of, listening, size_of
 from keras_prune.rules import Ids
-from keras_prune.sites import Site, Tail, site_of, sites_of, tail_of
+from keras_prune.sites import Site, Tail, intercept_of, site_of, sites_of, tail_of
 from keras_prune.surgery import check_finite, checked_inputs, cut_with_twins
 
 WIDE = 8192
@@ -127,7 +127,7 @@ def inputs_of_layer(program: Program, values: Values, layer, first: int, last: i
 
 def choose(rng, site: Site, shape: Sequence[int], samples: int, rows: int, memory: int) -> np.ndarray:
     """Output positions of one batch, out of all that an input of this shape has: its share of the rows wanted."""
-    blocks, columns, _ = site.matrix().shape
+    blocks, columns, _ = site.shape
     wanted = rows if columns > WIDE else max(min(rows, 256 * columns), 4 * columns)
     wanted = min(wanted, max(1024, memory // (16 * blocks * columns)))
     count = site.view.count(tuple(shape))
@@ -144,7 +144,7 @@ class _Pair:
 
     Attributes:
         prior: the twin's matrices as they were cut, (blocks, columns, outputs).
-        norm: the small network's BatchNormalization right behind, or None.
+        intercept: the small network's variable that takes a shift of what the kernel makes, and the sign; or None.
         scale, shift: the next activation sees `scale * rows @ matrix + shift`, and what is added to it.
     """
 
@@ -158,12 +158,13 @@ class _Pair:
         self.outputs = keep[self.blocks].any(1)
         self.rows_left = _rows_left(channels, alive, site, program)
         self.tail = Tail() if self.rows_left else tail_of(program, site)
-        self.norm = self.tail.norm and twins[id(self.tail.norm)]
+        norm = self.tail.norm and twins[id(self.tail.norm)]
+        self.intercept = intercept_of(self.twin.bias, norm)
         self.scale, self.shift = np.ones((1, 1, 1)), np.zeros((1, 1, 1))
         if self.twin.bias is not None:
             self.shift = _array(self.twin.bias).reshape(len(self.prior), 1, -1)
-        if self.norm is not None:
-            self.scale, offset = self._affine(self.norm, len(program.steps[site.steps[0]].node.outputs[0].shape))
+        if norm is not None:
+            self.scale, offset = self._affine(norm, len(program.steps[site.steps[0]].node.outputs[0].shape))
             self.shift = self.scale * self.shift + offset
         self.scale, self.shift = (v.astype(np.float32) for v in (self.scale, self.shift))  # they meet many rows
 
@@ -206,12 +207,11 @@ class _Pair:
         return np.stack([block[:, keep] for block, keep in zip(values[self.blocks], self.outputs)])
 
     def write(self, matrix: np.ndarray, intercept: np.ndarray | None) -> None:
-        """Into the small network; the intercept (blocks, outputs) into the bias, or the mean behind it."""
+        """Into the small network; the intercept (blocks, outputs) into the variable that takes it."""
         self.twin.write(matrix)
         if intercept is None:
             return
-        target = self.twin.bias if self.twin.bias is not None else self.norm.moving_mean
-        sign = 1 if self.twin.bias is not None else -1
+        target, sign = self.intercept
         target.assign(_array(target) + sign * intercept.reshape(target.shape).astype("float32"))
 
 
@@ -235,7 +235,7 @@ class _Fit:
         self.low, self.high = pair.tail.clip
         self.wide = pair.prior.shape[1] > WIDE
         self.passes = passes if np.isfinite(self.low) and not self.wide else 0
-        self.has_intercept = pair.norm is not None or pair.twin.bias is not None
+        self.has_intercept = pair.intercept is not None
         self.normal = None if self.wide else Normal(*pair.prior.shape)
         self.chunks: list[tuple[np.ndarray, ...]] = []
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter
 
 import keras
@@ -42,6 +43,11 @@ class Site:
     def bias(self) -> keras.Variable | None:
         owner = attrgetter(self.path)(self.weight.layer) if self.path else self.weight.layer
         return owner.bias if self.view.has_bias else None
+
+    @cached_property
+    def shape(self) -> tuple[int, int, int]:
+        """(blocks, columns, outputs) of the kernel as matrices."""
+        return self.view.matrices(np.broadcast_to(False, tuple(self.kernel.shape))).shape
 
     def matrix(self) -> np.ndarray:
         """The kernel, shape (blocks, columns, outputs)."""
@@ -140,6 +146,13 @@ _SILENT = ("Dropout", "SpatialDropout1D", "SpatialDropout2D", "SpatialDropout3D"
 _CLIPS = {"relu": (0.0, np.inf), "relu6": (0.0, 6.0)}
 
 
+def intercept_of(bias, norm) -> tuple[keras.Variable, int] | None:
+    """(the variable that takes a shift of a kernel's output, the sign): its bias, or the mean behind it; or None."""
+    if bias is not None:
+        return bias, 1
+    return None if norm is None else (norm.moving_mean, -1)
+
+
 def tail_of(program: Program, site: Site) -> Tail:
     """Follow the only user of a site's output through BatchNormalization and a sum up to a ReLU."""
     norm, summands = None, ()
@@ -179,7 +192,7 @@ def _is_its_own(program: Program, norm, site: Site, tensor) -> bool:
     if sum(step.operation is norm for step in program.steps) > 1:
         return False
     shape = [1, *(2 if d is None else d for d in tensor.shape[1:])]
-    blocks, _, outputs = site.matrix().shape
+    blocks, _, outputs = site.shape
     axis = norm.axis % len(shape)
     if shape[axis] != blocks * outputs:
         return False

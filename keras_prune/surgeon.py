@@ -18,7 +18,7 @@ from keras_prune.groups import Group
 from keras_prune.least_squares import Normal, Reader, eliminate
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import WIDE, choose, inputs_of_layer, watched
-from keras_prune.sites import Site, sites_of, tail_of, unmeasured
+from keras_prune.sites import Site, intercept_of, sites_of, tail_of, unmeasured
 from keras_prune.surgery import checked_inputs
 
 LOOKS = (0.25, 0.6)
@@ -123,30 +123,32 @@ def _portions(groups: list[Group], sites: list[Site], memory: int) -> Iterator[l
 
 
 def _bytes(site: Site) -> int:
-    blocks, columns, _ = site.matrix().shape
+    blocks, columns, _ = site.shape
     return 8 * blocks * columns * (columns if columns <= WIDE else 1)
 
 
 def _measured(program, sites, batches, samples, rows, memory, seed) -> dict[int, Normal | list]:
     """id(kernel) -> sums over its rows and what it makes of them, on the original network."""
-    shapes = {id(site.kernel): site.matrix().shape for site in sites}
+    matrices = {id(site.kernel): site.matrix() for site in sites}
     # Too wide for the products of all columns: only the rows are kept, see `_alone`.
-    sums: dict[int, Normal | list] = {key: Normal(*s) if s[1] <= WIDE else [] for key, s in shapes.items()}
-    rngs = {key: np.random.default_rng(seed) for key in shapes}  # a site's rows do not depend on its company
+    sums: dict[int, Normal | list] = {
+        key: Normal(*m.shape) if m.shape[1] <= WIDE else [] for key, m in matrices.items()
+    }
+    rngs = {key: np.random.default_rng(seed) for key in matrices}  # a site's rows do not depend on its company
     for batch in batches:
         values, at = program.start(batch), 0
         for site in sites:
-            first, last = site.steps[0], site.steps[-1]
+            key, first, last = id(site.kernel), site.steps[0], site.steps[-1]
             values, at = program.run(values, at, first), first
             for x in inputs_of_layer(program, values, site.layer, first, last):
-                chosen = choose(rngs[id(site.kernel)], site, x.shape, samples, rows, memory)
-                seen, held = site.view.rows(x, chosen), sums[id(site.kernel)]
+                chosen = choose(rngs[key], site, x.shape, samples, rows, memory)
+                seen, held = site.view.rows(x, chosen), sums[key]
                 if not np.isfinite(seen).all():
                     raise ValueError(
                         f"Layer {site.layer.name!r} is given NaN or infinite numbers on this data: is the data, and is "
                         "the model, what it should be?"
                     )
-                held.append(seen) if isinstance(held, list) else held.add(seen, seen @ site.matrix())
+                held.append(seen) if isinstance(held, list) else held.add(seen, seen @ matrices[key])
     return sums
 
 
@@ -155,7 +157,7 @@ def _curve(group: Group, sites: list[Site], measured: dict, exam: Damage | None,
     for site in _readers([group], sites):
         sums, columns = measured[id(site.kernel)], site.columns(group)
         matrix = site.matrix().astype(np.float64)
-        has_intercept = site.bias is not None or tail_of(program, site).norm is not None
+        has_intercept = intercept_of(site.bias, tail_of(program, site).norm) is not None
         if isinstance(sums, list):
             fixed += _alone(np.concatenate(sums, axis=1), matrix, columns, has_intercept)
             continue
