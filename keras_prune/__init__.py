@@ -41,6 +41,7 @@ _MODULES = (
     "criteria",
     "distillation",
     "files",
+    "layers",
     "metrics",
     "planning",
     "probes",

@@ -23,6 +23,7 @@ FLOORS = {
         "keras2": 1,
         "pictures": 1,
         "files": 2,
+        "layers": 2,
         "samples": 2,
         "groups": 2,
         "budgets": 2,
