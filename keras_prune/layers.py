@@ -35,11 +35,14 @@ GRADIENTS = ("chain", "paper_eq5")
 
 
 def decay(rate: float = 1e-4) -> keras.regularizers.Regularizer:
-    """Weight decay of alpha as in the paper's eq. 6: its gradient is `rate * alpha`, and it passes through the momentum.
+    """Weight decay of alpha as in eq. 6 of the paper: its gradient is `rate * alpha`, and momentum takes part in it.
 
-    An optimizer's own `weight_decay` does not, which is another dynamic.
+    An optimizer's own `weight_decay` acts outside of the momentum, which is another dynamic.
     """
     return keras.regularizers.L2(rate / 2)
+
+
+DECAY = decay()
 
 
 class PSPLayer:
@@ -59,7 +62,7 @@ class PSPLayer:
         structure: str | Sequence[str] = "channel",
         threshold=0.1,
         alpha_initializer="ones",
-        alpha_regularizer=decay(),
+        alpha_regularizer=DECAY,
         gradient: str = "chain",
         **kwargs,
     ):
@@ -289,7 +292,7 @@ class PSPConv2D(PSPLayer, keras.layers.Conv2D):
             channel), or several of them, whose factors multiply.
         threshold: structures with |alpha| below it are pruned (the paper's epsilon: 0.1 for DenseNets, 0.2 for
             ResNets): a number from 0 up, a scalar `keras.Variable(..., trainable=False)`, which may be shared and moved
-            by a callback, or `{structure: one of these}`. As `layer.thresholds[structure]` it is a variable in any case.
+            by a callback, or `{structure: one of these}`. `layer.thresholds[structure]` is a variable in any case.
         alpha_initializer: `"ones"` starts as the plain layer would. The paper draws from a normal distribution with
             deviation 0.1, `keras.initializers.RandomNormal(stddev=0.1)`: two thirds of the structures (threshold 0.1)
             or 95 % (0.2) then start pruned and have to be brought back by their gradients; a warning says when

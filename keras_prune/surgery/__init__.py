@@ -1,6 +1,7 @@
 """Zero, cut, strip: write zeros, build the smaller model, cut what is zero."""
 
 from keras_prune.surgery.cutting import copied, cut, cut_with_twins, zeroed
+from keras_prune.surgery.settling import psp_layers, settle
 from keras_prune.surgery.stripping import (
     StripReport,
     allowed_difference,
@@ -22,7 +23,9 @@ __all__ = [
     "cut_with_twins",
     "dead_units",
     "model_inputs",
+    "psp_layers",
     "relative_difference",
+    "settle",
     "strip",
     "write_zeros",
     "zero",
