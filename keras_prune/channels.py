@@ -196,9 +196,9 @@ class Channels:
                 positions = positions.get(path)
             if positions is None:
                 positions = math.prod(self._lengths(call.made[0])) // max(1, out[0].size)
-            self._raw_terms.append((axes, tuple(variable.shape), positions))
+            self._raw_terms.append((axes, tuple(variable.shape), positions, variable))
         for ids, factor in labels.products:
-            self._raw_terms.append((tuple(ids), tuple(len(i) for i in ids), factor))
+            self._raw_terms.append((tuple(ids), tuple(len(i) for i in ids), factor, None))
 
     def _lengths(self, tensor) -> tuple[int, ...]:
         """The shape of a tensor without the batch, all lengths known or assumed."""
@@ -237,7 +237,7 @@ class Channels:
         self.weights = [
             Weight(v, layer, path, settle(axes), reads) for v, layer, path, axes, reads in self._raw_weights.values()
         ]
-        self.terms = [Term(settle(axes), sizes, factor) for axes, sizes, factor in self._raw_terms]
+        self.terms = [Term(settle(axes), sizes, factor, kernel) for axes, sizes, factor, kernel in self._raw_terms]
         self.tensors = [Tensor(self._root[ids], shape, made, used) for ids, shape, made, used in self._raw_tensors]
         self.unit_count = len(roots)
         self._find_groups()

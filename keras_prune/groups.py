@@ -87,11 +87,18 @@ class Group:
 
 @dataclass(frozen=True)
 class Term:
-    """Multiply-accumulates of one call: `factor` x the product of what survives on each axis."""
+    """Multiply-accumulates of one call: `factor` x the product of what survives on each axis.
+
+    Attributes:
+        axes, sizes: ids and length of each axis of the kernel, or of each factor of a product without one.
+        factor: how often each entry is used per sample.
+        kernel: the variable; None for a product of two activations.
+    """
 
     axes: tuple[Ids | None, ...]
     sizes: tuple[int, ...]
     factor: int
+    kernel: keras.Variable | None = None
 
 
 @dataclass(frozen=True)

@@ -95,3 +95,8 @@ def decays(optimizer, variable) -> bool:
 def seeds_of(model) -> list:
     """The states of all random number generators inside a model."""
     return [v for layer in layers_of(model) for v in layer.variables if v.name == "seed_generator_state"]
+
+
+def never_cast(variable) -> None:
+    """From now on a variable is read as it is stored, also in a layer that computes in half precision."""
+    variable._autocast = False

@@ -16,12 +16,14 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_prune.internals import never_cast
 from keras_prune.rules import RULES, rule
 
 STRUCTURES = {"column": "ti", "channel": "i", "shape": "t", "layer": "", "filter": "o"}
@@ -67,6 +69,10 @@ class PSPLayer:
         **kwargs,
     ):
         super().__init__(*args, **kwargs)
+        if getattr(self, "lora_rank", None):
+            self.enable_lora()
+        if self.quantization_mode:
+            PSPLayer.quantize(self)
         self.structures = _checked_structures(structure)
         self.given_thresholds = _checked_thresholds(threshold, self.structures)
         self.alpha_initializer = keras.initializers.get(alpha_initializer)
@@ -93,12 +99,16 @@ class PSPLayer:
                 name=f"{structure}_alpha",
                 shape=self.alpha_shape(structure),
                 dtype=dtype,
-                initializer=self.alpha_initializer,
+                initializer=_fresh(self.alpha_initializer),
                 regularizer=self.alpha_regularizer,
                 autocast=False,
             )
             threshold = self.given_thresholds[structure]
-            if not isinstance(threshold, keras.Variable):
+            if isinstance(threshold, str):
+                threshold = getattr(self, f"{threshold}_threshold")
+            elif isinstance(threshold, keras.Variable):
+                never_cast(threshold)
+            else:
                 threshold = self.add_weight(
                     name=f"{structure}_threshold",
                     shape=(),
@@ -149,7 +159,7 @@ class PSPLayer:
     def multiplier(self, structure: str):
         """nu: alpha, 0 where |alpha| is below the threshold; its gradient with respect to alpha is 1 everywhere."""
         alpha = ops.convert_to_tensor(self.alphas[structure])
-        threshold = ops.convert_to_tensor(self.thresholds[structure])
+        threshold = ops.cast(ops.convert_to_tensor(self.thresholds[structure]), alpha.dtype)
         pruned = ops.where(ops.abs(alpha) < threshold, alpha, ops.zeros_like(alpha))
         return alpha - ops.stop_gradient(pruned)
 
@@ -202,9 +212,9 @@ class PSPLayer:
 
     def get_config(self):
         structures = self.structures
+        thresholds = _shared_by_name(self.thresholds if self.built else self.given_thresholds)
         thresholds = {
-            s: float(ops.convert_to_numpy(t)) if isinstance(t, keras.Variable) else t
-            for s, t in (self.thresholds if self.built else self.given_thresholds).items()
+            s: float(ops.convert_to_numpy(t)) if isinstance(t, keras.Variable) else t for s, t in thresholds.items()
         }
         return {
             **super().get_config(),
@@ -239,8 +249,14 @@ class PSPLayer:
         raise NotImplementedError(f"{self.name}: only plain layers are quantized; call keras_prune.strip(model) first.")
 
 
+def _fresh(initializer):
+    """An initializer object draws the same numbers again and again; a copy without a seed draws others."""
+    return initializer.clone() if isinstance(initializer, keras.initializers.Initializer) else initializer
+
+
 def _checked_structures(structure) -> tuple[str, ...]:
-    names = (structure,) if isinstance(structure, str) else tuple(structure)
+    several = isinstance(structure, Iterable) and not isinstance(structure, str)
+    names = tuple(structure) if several else (structure,)
     if not names or len(set(names)) != len(names) or any(name not in STRUCTURES for name in names):
         raise ValueError(
             f"structure={structure!r} was passed; expected one of {', '.join(STRUCTURES)}, or several different ones "
@@ -249,11 +265,24 @@ def _checked_structures(structure) -> tuple[str, ...]:
     return names
 
 
-def _checked_thresholds(threshold, structures) -> dict:
+def _shared_by_name(thresholds: Mapping) -> dict:
+    """One variable for several structures stands at the first of them; the others name that one."""
+    first: dict[int, str] = {}
+    return {
+        structure: threshold
+        if not isinstance(threshold, keras.Variable) or first.setdefault(id(threshold), structure) == structure
+        else first[id(threshold)]
+        for structure, threshold in thresholds.items()
+    }
+
+
+def _checked_thresholds(threshold, structures) -> Mapping:
     given = dict(threshold) if isinstance(threshold, Mapping) else dict.fromkeys(structures, threshold)
     if set(given) != set(structures):
         raise ValueError(f"threshold={threshold!r} was passed for the structures {structures}; expected one of each.")
-    for value in given.values():
+    for name, value in given.items():
+        if isinstance(value, str) and value in structures[: structures.index(name)]:
+            continue  # a config: the variable of that structure
         if isinstance(value, keras.Variable):
             if value.trainable or tuple(value.shape):
                 raise ValueError(
@@ -264,7 +293,8 @@ def _checked_thresholds(threshold, structures) -> dict:
                 f"threshold={value!r} was passed; expected a number from 0 up (0 prunes nothing), a scalar "
                 "keras.Variable(…, trainable=False), or {structure: one of these}."
             )
-    return {name: given[name] for name in structures}
+    # Not a dict: Keras would track the variables in it now, in another order than those of a loaded layer.
+    return MappingProxyType(_shared_by_name({name: given[name] for name in structures}))
 
 
 @keras.saving.register_keras_serializable(package="keras_prune")

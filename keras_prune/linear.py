@@ -247,29 +247,42 @@ def _geometry(layer, lengths) -> tuple[tuple[int, ...], list[tuple[int, int]], t
     """(output lengths, padding before and after each axis, steps of the window over the padded input)."""
     out, pads, steps = [], [], []
     is_transposed = "Transpose" in type(layer).__name__
-    padded_output = getattr(layer, "output_padding", None)
     for axis, n in enumerate(lengths):
-        taps, stride, dilation = layer.kernel_size[axis], layer.strides[axis], layer.dilation_rate[axis]
-        reach = (taps - 1) * dilation + 1
+        stride = layer.strides[axis]
+        reach = (layer.kernel_size[axis] - 1) * layer.dilation_rate[axis] + 1
+        before, after = padding_of(layer, axis, n)
         if is_transposed:
-            stuffed = (n - 1) * stride + 1
-            extra = padded_output if padded_output is None or isinstance(padded_output, int) else padded_output[axis]
-            before, total = _transposed_padding(reach, stride, layer.padding, extra)
-            out.append(stuffed + total - reach + 1)
-            pads.append((before, total - before))
-            steps.append(1)
-            continue
-        if layer.padding == "valid":
-            total = before = 0
-        elif layer.padding == "causal":
-            total = before = reach - 1
-        else:
-            total = max((math.ceil(n / stride) - 1) * stride + reach - n, 0)
-            before = total // 2
-        out.append((n + total - reach) // stride + 1)
-        pads.append((before, total - before))
+            n, stride = (n - 1) * stride + 1, 1
+        out.append((n + before + after - reach) // stride + 1)
+        pads.append((before, after))
         steps.append(stride)
     return tuple(out), pads, tuple(steps)
+
+
+def padding_of(layer, axis: int, length: int, taps: int | None = None, padding: str | None = None) -> tuple[int, int]:
+    """Zeros (before, after) one spatial axis of a convolution's input; of a transposed one's, zeros between included.
+
+    Args:
+        layer: the convolution.
+        axis: which of its spatial axes.
+        length: of the input along it.
+        taps, padding: instead of the layer's own.
+    """
+    taps = layer.kernel_size[axis] if taps is None else taps
+    padding = layer.padding if padding is None else padding
+    stride, reach = layer.strides[axis], (taps - 1) * layer.dilation_rate[axis] + 1
+    if "Transpose" in type(layer).__name__:
+        extra = layer.output_padding
+        before, total = _transposed_padding(
+            reach, stride, padding, extra if extra is None or isinstance(extra, int) else extra[axis]
+        )
+        return before, total - before
+    if padding == "valid":
+        return 0, 0
+    if padding == "causal":
+        return reach - 1, 0
+    total = max((math.ceil(length / stride) - 1) * stride + reach - length, 0)
+    return total // 2, total - total // 2
 
 
 def _transposed_padding(reach: int, stride: int, padding: str, extra: int | None) -> tuple[int, int]:

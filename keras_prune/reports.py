@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_prune import metrics
 from keras_prune.channels import Channels
+from keras_prune.internals import layers_of
+from keras_prune.layers import PSPLayer
 
 _FORMATS = {"percent": "{:.2%}", "count": "{:,.0f}", "size": "{:,.1f}", "time": "{:.3f}"}
 
@@ -77,3 +82,63 @@ def plot_widths(before: keras.Model, after: keras.Model, path: str | Path) -> No
     axes.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside lower right", ncols=2, frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def plot_alphas(model: keras.Model, path: str | Path) -> None:
+    """A PNG with a histogram of the alphas of each PSP layer: what is pruned, what stays, and the threshold between.
+
+    [Schindler, Roth, Pernkopf, Froening: Parameterized Structured Pruning for Deep Neural Networks, Figure 2.]
+    `keras.callbacks.TensorBoard(histogram_freq=1)` logs the same histograms, without thresholds, on its own.
+
+    Args:
+        model: any model with PSP layers, at any depth.
+        path: the file; it is replaced in one go, so that it can be looked at while training writes it.
+
+    Raises:
+        ValueError: there are no PSP layers.
+    """
+    from matplotlib.figure import Figure
+
+    place = {id(v): k for k, v in enumerate(model.weights)}
+    alphas = [
+        (place[id(alpha)], f"{layer.name} · {structure}", *_numbers(alpha, layer.thresholds[structure]))
+        for layer in layers_of(model)
+        if isinstance(layer, PSPLayer)
+        for structure, alpha in layer.alphas.items()
+    ]
+    if not alphas:
+        raise ValueError(f"{model.name} has no PSP layers, so there are no alphas to draw.")
+    columns = min(4, len(alphas))
+    rows = math.ceil(len(alphas) / columns)
+    width, height = 3 * columns, 1.7 * rows + 0.6
+    figure = Figure(figsize=(width, height))
+    figure.subplots_adjust(0.4 / width, 0.3 / height, 1 - 0.15 / width, 1 - 0.75 / height, 0.25, 0.65)
+    for number, (_, name, values, threshold) in enumerate(sorted(alphas)):
+        axes = figure.add_subplot(rows, columns, number + 1)
+        low, high = min(values.min(), 0.0), max(values.max(), 0.0)
+        marks = [side for side, seen in ((-threshold, low < 0), (threshold, high > 0)) if seen]
+        low, high = min(low, *marks, 0.0), max(high, *marks, 0.0)
+        room = 0.05 * (high - low) or 1.0
+        pruned = np.abs(values) < threshold
+        bins = np.linspace(low - room, high + room, 41)
+        for part, color in ((values, "#c9ced6"), (values[~pruned], "#2f6db5")):
+            axes.stairs(np.histogram(part, bins)[0], bins, fill=True, color=color)
+        for side in marks:
+            axes.axvline(side, color="#c0392b", linewidth=1)
+        axes.set_title(f"{name}  {pruned.sum()} of {values.size} pruned", fontsize=7)
+        axes.locator_params(nbins=4)
+        axes.tick_params(labelsize=6)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"{model.name}: alphas (pruned grey, kept blue) and thresholds (red)", fontsize=9)
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.{os.getpid()}.png")
+    try:
+        figure.savefig(temporary, dpi=110)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _numbers(alpha, threshold) -> tuple[np.ndarray, float]:
+    values = keras.ops.convert_to_numpy(alpha).ravel().astype(np.float64)
+    return values, float(keras.ops.convert_to_numpy(threshold))

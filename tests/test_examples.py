@@ -10,6 +10,7 @@ SAYS = {
     "prune_while_training.py": "outputs equal to",
     "prune_a_backbone.py": "top-1",
     "custom_layer.py": "is now",
+    "networks.py": "ResNet-20",
     "compress_without_training.py": "compress         test accuracy",
 }
 

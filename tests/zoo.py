@@ -14,6 +14,7 @@ import numpy as np
 from keras import layers, ops
 
 import keras_prune
+from keras_prune import layers as psp
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ def randomize(model: keras.Model, seed: int = 0) -> keras.Model:
             continue
         if "variance" in kind or kind in ("gamma", "scale"):
             v.assign(rng.uniform(0.5, 1.5, shape))
-        elif "kernel" not in kind and "embeddings" not in kind:  # biases, beta, means, alpha
+        elif "threshold" not in kind and "kernel" not in kind and "embeddings" not in kind:  # biases, means, ...
             v.assign(rng.normal(0, 0.4, shape))
     for layer in model._flatten_layers():
         if hasattr(layer, "finalize_state"):
@@ -500,7 +501,7 @@ through("slice_none", lambda x: ops.squeeze(x[:, None], 1))
 through("slice_one_channel", lambda x: x[..., 3:4] * x, 7, 6)
 through("take_one_channel", lambda x: x[..., 3][..., None] + x, 7, 6)
 through("take_row", lambda x: ops.take(x, 2, axis=1), 8, last="none")
-through("take_channels", lambda x: ops.take(x, [0, 2, 5], axis=-1), 6, fences=1)
+through("take_channels", lambda x: ops.take(x, [0, 2, 5], axis=-1), 3, 5, 6)
 through("split_layerlike", lambda x: ops.add(*ops.split(x, 2, axis=-1)), 4, 6)
 through(
     "split_uneven",
@@ -889,6 +890,30 @@ def half_precision():
     x = conv(8, activation="relu", dtype="mixed_float16")(inputs)
     x = conv(6, activation="relu", dtype="mixed_float16")(layers.BatchNormalization(dtype="mixed_float16")(x))
     return keras.Model(inputs, layers.Dense(3)(layers.Flatten()(x)))
+
+
+@entry(8, 6, 7)
+def psp_convolutions():
+    inputs = image()
+    x = psp.PSPConv2D(8, 3, structure=("column", "filter"), threshold=0)(inputs)
+    x = psp.PSPConv2DTranspose(6, 3, strides=2, structure="channel", threshold=0, activation="relu")(x)
+    x = psp.PSPDepthwiseConv2D(3, structure="filter", threshold=0, activation="relu")(x)
+    x = psp.PSPSeparableConv2D(7, 3, structure=("shape", "layer", "filter"), threshold=0, activation="relu")(x)
+    return keras.Model(inputs, psp.PSPDense(3, structure="column", threshold=0)(layers.GlobalAveragePooling2D()(x)))
+
+
+@entry(8, 6)
+def psp_in_one_dimension():
+    inputs = image(12, 3)
+    x = psp.PSPConv1D(8, 3, structure="channel", threshold=0, activation="relu")(inputs)
+    return keras.Model(inputs, head(psp.PSPConv1D(6, 3, structure="column", threshold=0, activation="relu")(x)))
+
+
+@entry(4, 5)
+def psp_in_three_dimensions():
+    inputs = image(6, 6, 6, 2)
+    x = psp.PSPConv3D(4, 3, structure="filter", threshold=0, activation="relu")(inputs)
+    return keras.Model(inputs, head(psp.PSPConv3D(5, 3, structure="channel", threshold=0, activation="relu")(x)))
 
 
 @keras.saving.register_keras_serializable("zoo")

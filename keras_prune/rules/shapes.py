@@ -327,13 +327,28 @@ def get_item(operation, call, x, *_):
 
 @rule("ops.Take")
 def take(operation, call, x, *indices):
+    """Channels chosen by a list of numbers; they are counted anew among the survivors."""
     axis = operation.axis
-    if axis is None or x.shape[axis] > 1 or any(np.any(i) for i in indices):
+    given = call.args[1] if len(call.args) > 1 else call.kwargs["indices"]
+    if axis is None or any(np.any(i) for i in indices) or (x.shape[axis] > 1 and indices):
         for ids in call.inputs:
             call.fence(ids, "is indexed by an array")
         return Labels(call.frozen())
-    places = len(call.outputs[0]) - x.ndim + 1
-    return Labels(x.take(np.zeros((1,) * places, int), axis))
+    if x.shape[axis] == 1:
+        places = len(call.outputs[0]) - x.ndim + 1
+        return Labels(x.take(np.zeros((1,) * places, int), axis))
+    channels = call.along(x, axis)
+    places = np.asarray(given) % len(channels)
+    if places.ndim != 1:
+        call.fence(x, "is indexed by an array")
+        return Labels(call.frozen())
+    call.piece(channels[places])
+
+    def chosen(survivors):
+        return [survivors(channels[:p]) for p in places.tolist() if survivors(channels[p : p + 1])]
+
+    position = 1 if len(call.args) > 1 else "indices"
+    return Labels(call.spread(channels[places], axis), arguments={position: chosen})
 
 
 @rule("ops.Unstack")

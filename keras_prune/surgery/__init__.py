@@ -1,7 +1,8 @@
 """Zero, cut, strip: write zeros, build the smaller model, cut what is zero."""
 
 from keras_prune.surgery.cutting import copied, cut, cut_with_twins, zeroed
-from keras_prune.surgery.settling import psp_layers, settle
+from keras_prune.surgery.kernels import smaller_kernels
+from keras_prune.surgery.settling import psp_layers, settle, structures_left
 from keras_prune.surgery.stripping import (
     StripReport,
     allowed_difference,
@@ -26,6 +27,8 @@ __all__ = [
     "psp_layers",
     "relative_difference",
     "settle",
+    "smaller_kernels",
+    "structures_left",
     "strip",
     "write_zeros",
     "zero",

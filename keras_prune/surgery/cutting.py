@@ -7,6 +7,7 @@ import numpy as np
 
 from keras_prune.channels import Channels
 from keras_prune.rules import Ids
+from keras_prune.surgery.branches import can_vanish, is_absent
 from keras_prune.surgery.rebuilding import Rebuild
 from keras_prune.surgery.zeros import write_zeros, zero_masks
 
@@ -32,7 +33,7 @@ def cut_with_twins(channels: Channels, removed: Ids) -> tuple[keras.Model, dict[
     """The smaller model, and id(old operation) -> the new one that stands for it. Raises as `cut`."""
     alive = channels.alive(removed)
     for group in channels.groups:
-        if not alive[group.units].any():
+        if not alive[group.units].any() and not can_vanish(channels, np.flatnonzero(~alive)):
             raise ValueError(f"removed holds all {len(group)} units of {group.name}; at least one has to stay.")
     work = _Cut(channels, alive)
     return work.model(), {key: new for key, (_, new) in work.new.items()}
@@ -89,7 +90,14 @@ class _Cut(Rebuild):
             place[key] = value.tolist() if isinstance(value, np.ndarray) else value
         return super().made(old, config)
 
+    def takes(self, node):
+        return [t for t in node.input_tensors if not is_absent(self.channels, t, ~self.alive)]
+
     def called(self, node, args, kwargs):
+        if len(self.takes(node)) < len(node.input_tensors):  # a concatenation of which some parts are gone
+            (tensors,) = args
+            left = [t for t in tensors if t is not None]
+            return left[0] if len(left) == 1 else super().called(node, [left], kwargs)
         for key, edit in self.channels.argument_edits(node).items():
             place = args if isinstance(key, int) else kwargs
             place[key] = self.value(edit, place[key])

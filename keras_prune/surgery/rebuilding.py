@@ -35,16 +35,20 @@ class Rebuild:
 
     # -- what a subclass may change ------------------------------------------------------------------------------
 
-    def made(self, old, config: dict):
-        """The new operation; `config` is a copy of the old one's."""
+    def made(self, old, config: dict, cls: type | None = None):
+        """The new operation from a copy of the old one's config; `cls` if it is of another class."""
         if type(old) is keras.layers.Lambda:  # its function is here, no need to read it from code
             return keras.layers.Lambda(**{**config, "function": old.function})
         with keras.saving.custom_object_scope(_own_objects(old)):
-            return type(old).from_config(config)
+            return (cls or type(old)).from_config(config)
 
     def called(self, node, args: list, kwargs: dict):
         """The outputs of one call on new tensors."""
         return self.operation(node.operation)(*args, **kwargs)
+
+    def takes(self, node) -> list:
+        """The input tensors that a call needs."""
+        return node.input_tensors
 
     def sliced(self, variable, array=None) -> np.ndarray:
         """What is left of a variable, or of an array shaped like it."""
@@ -92,9 +96,15 @@ class Rebuild:
         )
         return _same_class(old, inputs, outputs)
 
-    def nodes(self, graph):
-        """The calls to rebuild, in order."""
-        return nodes_of(graph)
+    def nodes(self, graph) -> list:
+        """The calls to rebuild, in order: those that the outputs need."""
+        needed = {id(t) for t in graph.outputs}
+        kept = []
+        for node in reversed(list(nodes_of(graph))):
+            if any(id(t) in needed for t in node.outputs):
+                needed.update(id(t) for t in self.takes(node))
+                kept.append(node)
+        return kept[::-1]
 
     def input(self, tensor):
         layer = input_layer_of(tensor)
@@ -182,6 +192,8 @@ def _copy_flags(old, new) -> None:
 
 def _same_class(old, inputs, outputs):
     """A model of the same class where its constructor allows it (a subclass with a train_step of its own)."""
+    if type(old) is keras.Sequential:  # no longer a plain sequence of layers
+        return keras.Model(inputs, outputs, name=old.name)
     try:
         return type(old)(inputs=inputs, outputs=outputs, name=old.name)
     except TypeError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_prune.internals import layers_of
+from keras_prune.internals import layers_of, sublayers_of
 from keras_prune.layers import PLAIN, PSPLayer
 from keras_prune.surgery.rebuilding import Rebuild
 
@@ -29,10 +29,18 @@ def settle(model: keras.Model) -> keras.Model:
     return _Settle(model).model() if psp_layers(model) else model
 
 
+def structures_left(model: keras.Model) -> dict[str, dict[str, tuple[int, int]]]:
+    """PSP layer -> structure -> (how many it has, how many are not pruned)."""
+    return {
+        layer.name: {structure: (left.size, int(left.sum())) for structure, left in layer.alive().items()}
+        for layer in psp_layers(model)
+    }
+
+
 class _Settle(Rebuild):
     def made(self, old, config):
         if type(old) in PLAIN:
-            return PLAIN[type(old)].from_config(old.plain_config())
+            return super().made(old, old.plain_config(), PLAIN[type(old)])
         return super().made(old, config)
 
     def copy_weights(self, old, new):
@@ -45,3 +53,7 @@ class _Settle(Rebuild):
         if old.use_bias:
             new.bias.assign(old.bias)
             self.variables[id(old.bias)] = new.bias
+        for before, after in zip(sublayers_of(old), sublayers_of(new)):  # a layer given as activation
+            if before.built and not after.built:
+                after.build_from_config(before.get_build_config() or {})
+            self.copy_weights(before, after)

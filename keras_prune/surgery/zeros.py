@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import keras
 import numpy as np
@@ -49,36 +49,83 @@ def write_zeros(variable: keras.Variable, mask: np.ndarray) -> None:
     variable.assign(np.where(mask, value, 0).astype(value.dtype))
 
 
-def dead_units(channels: Channels, strict: bool = False) -> Ids:
-    """Units that are zero: ids, shape (dead units,).
+def dead_units(
+    channels: Channels, strict: bool = False, may_vanish: Callable[[Ids], bool] = lambda units: False
+) -> Ids:
+    """Units that are zero, or that nothing reads: ids, shape (dead units,).
 
     A unit is dead when all of its members are zero; also, unless `strict`, when only its producing side is, provided
-    that it stays zero on its way through the network (no sigmoid, no added constant). Running statistics do not count.
+    that it stays zero on its way through the network (no sigmoid, no added constant); or when only its readers are.
+    What a dead unit reads or feeds does not count for others. Running statistics do not count.
+
+    Args:
+        channels: labels of the model.
+        strict: only units all of whose members are zero.
+        may_vanish: (all units of a group) -> whether the network can do without the whole group. By default a group
+            never loses its last unit; its first one then stays, with its zeros.
     """
-    busy, made_busy = (np.zeros(channels.unit_count, bool) for _ in range(2))
-    seen, made = (np.zeros(channels.unit_count, bool) for _ in range(2))
+    prunable = np.zeros(channels.unit_count, bool)
+    for group in channels.groups:
+        prunable[group.units] = True
+    entries = list(_nonzeros(channels))
+    dead = np.zeros(channels.unit_count, bool)
+    while True:
+        found = _dead(channels, entries, dead, strict) & prunable
+        for group in channels.groups:
+            if found[group.units].all() and (strict or not may_vanish(group.units)):
+                found[group.units[0]] = False
+        if strict or (found == dead).all():
+            return np.flatnonzero(found)
+        dead = found
+
+
+def _nonzeros(channels: Channels) -> Iterator[tuple[Weight, np.ndarray, np.ndarray]]:
+    """(weight, where it is not zero, where that counts for what it reads) of all weights that carry a message."""
     for weight in channels.weights:
-        labelled = [a for a, ids in enumerate(weight.axes) if ids is not None]
-        if weight.is_statistic or not labelled:
+        if weight.is_statistic or all(ids is None for ids in weight.axes):
             continue
-        nonzero = keras.ops.convert_to_numpy(weight.variable) != 0
+        nonzero = read = keras.ops.convert_to_numpy(weight.variable) != 0
+        # Of a separable convolution an input is read if both of its kernels have something there.
+        if weight.name == "depthwise_kernel":
+            read = np.zeros_like(nonzero)
+        elif weight.name == "pointwise_kernel":
+            depthwise = keras.ops.convert_to_numpy(weight.layer.depthwise_kernel)
+            read = nonzero & depthwise.any(axis=tuple(range(depthwise.ndim - 2))).reshape(-1, 1)
+        yield weight, nonzero, read
+
+
+def _dead(channels: Channels, entries, gone: np.ndarray, strict: bool) -> np.ndarray:
+    """Dead units, shape (unit_count,), when the slices of the units that are `gone` do not count."""
+    seen, busy, made, made_busy, read, read_busy = (np.zeros(channels.unit_count, bool) for _ in range(6))
+    for weight, nonzero, as_read in entries:
+        labelled = [a for a, ids in enumerate(weight.axes) if ids is not None]
+        takes = [a for a in labelled if weight.reads[a]]
+        if not takes and len(labelled) > 1:  # a recurrent kernel makes and reads the same units
+            takes = labelled
         for axis in labelled:
             ids = weight.axes[axis]
-            line = nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis))
+            others = [a for a in labelled if a != axis]
+            line = _any_alive(nonzero, weight, axis, others, gone)
             seen[ids] = True
             busy[ids[line]] = True
             if not weight.reads[axis]:
                 made[ids] = True
                 made_busy[ids[line]] = True
+            if axis in takes:
+                read[ids] = True
+                read_busy[ids[line if as_read is nonzero else _any_alive(as_read, weight, axis, others, gone)]] = True
     dead = seen & ~busy
     if not strict:
         dead |= made & ~made_busy & ~channels.loud
+        dead |= read & ~read_busy
     dead[0] = False
-    # A group never loses its last unit; its first one then stays, with its zeros.
-    for group in channels.groups:
-        if dead[group.units].all():
-            dead[group.units[0]] = False
-    prunable = np.zeros(channels.unit_count, bool)
-    for group in channels.groups:
-        prunable[group.units] = True
-    return np.flatnonzero(dead & prunable)
+    return dead
+
+
+def _any_alive(nonzero: np.ndarray, weight: Weight, axis: int, others: list[int], gone: np.ndarray) -> np.ndarray:
+    """Along one axis: whether a slice holds anything but zeros and what belongs to units that are gone."""
+    for other in others:
+        leaves = gone[weight.axes[other]]
+        if leaves.any():
+            nonzero = nonzero & ~leaves.reshape([-1 if a == other else 1 for a in range(nonzero.ndim)])
+    return nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis))
