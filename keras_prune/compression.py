@@ -28,7 +28,7 @@ from keras_prune.reconstruction import reconstruct
 from keras_prune.reports import before_after
 from keras_prune.rules import Ids
 from keras_prune.surgeon import LOOKS, Curve, curves
-from keras_prune.surgery import check_finite, dead_units
+from keras_prune.surgery import check_finite, dead_units, settle
 
 AT_MOST = 4096
 """Samples at most that are used."""
@@ -108,7 +108,7 @@ def compress(
     """Make a trained network smaller with a few hundred unlabelled samples.
 
     Args:
-        model: a built, trained Functional or Sequential model. It is not changed.
+        model: a built, trained Functional or Sequential model; PSP layers are settled first. It is not changed.
         data: inputs as the model takes them (preprocessed, if it does not do that itself): arrays of shape
             (samples, ...), or an iterable of batches; of (x, y) the labels are not used. 128 samples do something, 512
             to 4,096 are better; `keras_prune.samples.read` reads folders of images and data sets.
@@ -137,8 +137,9 @@ def compress(
         >>> small, report = compress(model, x, target={"macs": 0.5}, report=True)     # doctest: +SKIP
     """
     began = time.perf_counter()
-    channels = Channels(model)
     check_finite(model)
+    model = settle(model)
+    channels = Channels(model)
     limits = _limits(channels, sparsity, target, measure)
     inputs = unlabelled(model, data, AT_MOST)
     labels = _checked_labels(labels, data, inputs)

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import keras
 
+import keras_prune.layers  # noqa: F401 (registers the PSP layers, so that files with them can be read)
 from keras_prune import keras2
 from keras_prune.internals import layers_of
 

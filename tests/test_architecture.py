@@ -22,7 +22,7 @@ FLOORS = {
         "datasets": 1,
         "keras2": 1,
         "pictures": 1,
-        "files": 2,
+        "files": 3,
         "layers": 2,
         "samples": 2,
         "groups": 2,

@@ -11,6 +11,7 @@ SAYS = {
     "prune_a_backbone.py": "top-1",
     "custom_layer.py": "is now",
     "networks.py": "ResNet-20",
+    "psp_resnet.py": "ms, .tflite",
     "compress_without_training.py": "compress         test accuracy",
 }
 
