@@ -67,9 +67,28 @@ def input_layer_of(tensor):
     return tensor._keras_history.operation
 
 
+def origin_of(tensor) -> tuple:
+    """(operation, tensors it was called on) of the call that made a symbolic tensor."""
+    operation, node, _ = tensor._keras_history
+    return operation, operation._inbound_nodes[node].input_tensors
+
+
 def sublayers_of(layer) -> list:
     """The layers directly inside a layer."""
     return layer._layers
+
+
+def operations_of(model) -> list:
+    """Everything in a model's graph that has a name, inputs and what is in nested models included."""
+    found = []
+    for operation in graph_of(model).operations:
+        found += [operation, *(operations_of(operation) if is_graph(operation) else [])]
+    return found
+
+
+def mask_of(tensor):
+    """The symbolic mask that goes along with a symbolic tensor, or None."""
+    return getattr(tensor, "_keras_mask", None)
 
 
 def layers_of(model) -> list:

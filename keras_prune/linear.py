@@ -285,6 +285,17 @@ def padding_of(layer, axis: int, length: int, taps: int | None = None, padding: 
     return total // 2, total - total // 2
 
 
+def pads_nothing(layer) -> bool:
+    """Whether a layer is a convolution that pads no zeros, whatever the lengths of its input."""
+    if not hasattr(layer, "kernel_size") or type(layer).__name__ not in VIEWS:
+        return False
+    return all(
+        padding_of(layer, axis, n) == (0, 0)
+        for axis, (taps, stride) in enumerate(zip(layer.kernel_size, layer.strides))
+        for n in range(taps, taps + 2 * stride)
+    )
+
+
 def _transposed_padding(reach: int, stride: int, padding: str, extra: int | None) -> tuple[int, int]:
     """(zeros before, zeros on both sides) around the input with zeros between its values.
 

@@ -13,7 +13,7 @@ from keras_prune import Channels, cut, dead_units, metrics, plan, strip
 from keras_prune import layers as psp
 from keras_prune.layers import PLAIN, PSPConv2D, PSPDense
 from keras_prune.surgery import relative_difference, settle, smaller_kernels
-from keras_prune.surgery.kernels import candidates
+from keras_prune.surgery.rewiring import candidates
 
 STRUCTURES = ["column", "channel", "shape", "layer", "filter", ("layer", "channel"), ("filter", "shape")]
 
@@ -187,6 +187,39 @@ def test_a_transposed_kernel_shrinks_only_where_a_padding_argument_says_the_same
         shrunk += small.layers[1].kernel_size != (taps, taps)
         assert relative_difference(model, small, some_input(model)) < 1e-6
     assert shrunk > 0 or padding == "valid"
+
+
+SILENT = {
+    "Dense": layers.Dense(2, activation="tanh"),
+    "same": layers.Conv2D(2, 3, padding="same", activation="relu"),
+    "valid": layers.Conv2D(2, (3, 2)),
+    "strided": layers.Conv2D(2, 3, 2, padding="same", use_bias=False),
+    "strided, valid": layers.Conv2D(2, 3, (2, 3)),
+    "dilated": layers.Conv2D(2, 3, dilation_rate=2, activation="softmax"),
+    "wider than its input": layers.Conv2D(5, 3, padding="same"),
+    "DepthwiseConv2D": layers.DepthwiseConv2D(3),
+    "SeparableConv2D": layers.SeparableConv2D(4, 3, strides=2),
+}
+
+
+@pytest.mark.parametrize("name", SILENT)
+@pytest.mark.parametrize("size", [(8, 9), (None, None)], ids=str)
+def test_a_kernel_of_zeros_becomes_numbers_of_the_same_shape(name, size):
+    layer = type(SILENT[name]).from_config(SILENT[name].get_config())
+    inputs = keras.Input((*size, 3))
+    x = layers.ReLU()(layers.BatchNormalization()(inputs))
+    model = randomize(keras.Model(inputs, layer(x)))
+    kernel = layer.pointwise_kernel if "Separable" in name else layer.kernel
+    kernel.assign(ops.zeros_like(kernel))
+    small, notes = smaller_kernels(model, rewire=False)
+    kinds = {type(new) for new in small.layers}
+    assert layers.Rescaling in kinds and type(layer) not in kinds and layers.ReLU not in kinds
+    assert small.count_params() == 0 and "became numbers" in notes[0]
+    for shape in ((2, 8, 9, 3), (1, 11, 7, 3)):
+        x = np.random.default_rng(0).normal(size=shape).astype("float32")
+        if size[0] is None or shape[1:3] == size:
+            assert small(x).shape == model(x).shape
+            assert relative_difference(model, small, x) < 1e-6
 
 
 # -- gathers ---------------------------------------------------------------------------------------------------------
@@ -400,7 +433,8 @@ def test_a_dead_branch_that_adds_nothing_leaves_nothing_behind():
 def test_a_branch_that_differs_at_the_border_stays_with_one_channel():
     model = residual("inner")
     small, report = strip(model, report=True)
-    assert small.get_layer("inner").filters == 1
+    assert type(small.get_layer("inner")) is layers.Rescaling and small.get_layer("outer").kernel.shape[2] == 1
+    assert (report.layers_before, report.layers_after) == (4, 3)
     assert any("differs between positions" in note for note in report.notes)
     assert relative_difference(model, small, some_input(model)) < 1e-5
 
@@ -445,9 +479,18 @@ def test_dead_layers_in_front_of_padding_share_one_channel_of_all():
     model = dense_block("same", [0, 1])
     small, report = strip(model, report=True, rewire=True)
     names = [layer.name for layer in small.layers]
-    assert small.get_layer("d0").filters == 1 and "d1" not in names
-    assert report.macs_after < 0.7 * report.macs_before
+    assert type(small.get_layer("d0")) is layers.Rescaling and "d1" not in names
+    assert small.get_layer("d0").output.shape[-1] == 1
+    assert report.layers_before - report.layers_after == 2
     assert relative_difference(model, small, some_input(model)) < 1e-5
+
+
+def test_a_network_that_no_longer_looks_at_its_input_is_pointed_out():
+    model = keras.Sequential([keras.Input((5,)), PSPDense(4, structure="layer", activation="relu"), layers.Dense(2)])
+    model.layers[0].alphas["layer"].assign([[0.01]])
+    with pytest.warns(UserWarning, match="outputs are the same for every input"):
+        small = strip(model)
+    assert relative_difference(model, small, some_input(model)) < 1e-6
 
 
 # -- units nobody reads ----------------------------------------------------------------------------------------------
@@ -509,7 +552,7 @@ def test_the_report_counts_structures_layers_parameters_and_macs():
 
 
 def test_training_goes_on_after_strip():
-    model = learned(network("layer"))
+    model = learned(network("filter"))
     model.compile("adam", "mse", metrics=["mae"])
     x, y = some_input(model, 8), np.zeros((8, 4), "float32")
     model.fit(x, y, verbose=0)

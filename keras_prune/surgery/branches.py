@@ -12,7 +12,7 @@ import keras
 import numpy as np
 
 from keras_prune.channels import Channels
-from keras_prune.internals import graph_of, is_graph, nodes_of
+from keras_prune.internals import graph_of, is_graph, mask_of, nodes_of
 from keras_prune.program import Program
 from keras_prune.rules import Ids
 from keras_prune.surgery.constants import ROUNDING, Constants, values_of
@@ -46,6 +46,9 @@ def drop_constant_branches(channels: Channels, batch) -> tuple[keras.Model, list
             notes.append(f"{name}: a constant branch stays, its model is called several times")
             continue
         kept = [tensor for tensor, slot in step.takes if not constants.whole[slot]]
+        if _changes_mask(step.node, kept):
+            notes.append(f"{name}: a branch that is the same for every input stays, as it has a say in the mask")
+            continue
         shapes = {values[slot].shape[1:] for _, slot in step.takes if not constants.whole[slot]}
         offset = sum(values[slot] for _, slot in step.takes if constants.whole[slot])
         steady = _per_channel(offset)
@@ -74,6 +77,14 @@ def _is_sum(operation) -> bool:
     return type(operation).__name__ == "Add" and type(operation).__module__.startswith("keras.src.")
 
 
+def _changes_mask(node, kept: list[int]) -> bool:
+    """Whether a sum of some of the tensors goes along with another mask than the sum of all."""
+    masks = [mask_of(t) for t in node.input_tensors if id(t) in kept]
+    if mask_of(node.outputs[0]) is None:
+        return any(mask is not None for mask in masks)
+    return {id(mask_of(t)) for t in node.input_tensors} != set(map(id, masks))
+
+
 def _per_channel(offset: np.ndarray) -> np.ndarray | None:
     """One number, or one per channel on the last axis, of a tensor that is the same for both samples; else None."""
     scale = max(np.abs(offset).max(initial=0), 1e-30)
@@ -89,6 +100,7 @@ class _WithoutBranches(Rebuild):
     def __init__(self, model, dropped: dict[int, _Sum]):
         super().__init__(model)
         self._dropped = dropped
+        self._shown = {id(tensor) for tensor in graph_of(model).outputs}
 
     def changes(self, layer):
         return is_graph(layer) and any(id(node) in self._dropped for node in nodes_of(graph_of(layer)))
@@ -101,12 +113,23 @@ class _WithoutBranches(Rebuild):
         what = self._dropped.get(id(node))
         if what is None:
             return super().called(node, args, kwargs)
-        tensors = [t for t in keras.tree.flatten((args, kwargs)) if isinstance(t, keras.KerasTensor)]
-        x = tensors[0] if len(tensors) == 1 else keras.layers.Add()(tensors)
-        if not what.offset.any():
-            return x
-        policy = getattr(node.operation, "dtype_policy", None) or x.dtype
-        return keras.layers.Rescaling(1.0, what.offset.tolist(), dtype=policy, name=f"{node.operation.name}_offset")(x)
+        old = keras.tree.flatten((node.arguments.args, node.arguments.kwargs))
+        new = keras.tree.flatten((tuple(args), kwargs))
+        tensors = [after for before, after in zip(old, new) if id(before) in what.kept]
+        name, made = node.operation.name, node.outputs[0]
+        policy = getattr(node.operation, "dtype_policy", None) or made.dtype
+        # An output of the model keeps its name, which losses and metrics are given by.
+        last, shown = bool(what.offset.any()), id(made) in self._shown
+        x = tensors[0]
+        if len(tensors) > 1:
+            own = self.unused(f"{name}_sum") if last or not shown else name
+            x = keras.layers.Add(dtype=policy, name=own)(tensors)
+        own = name if shown else self.unused(f"{name}_offset")
+        if last:
+            return keras.layers.Rescaling(1.0, what.offset.tolist(), dtype=policy, name=own)(x)
+        if x.dtype != made.dtype or (shown and len(tensors) == 1):
+            return keras.layers.Identity(dtype=policy, name=own)(x)
+        return x
 
 
 def can_vanish(channels: Channels, gone: Ids) -> bool:

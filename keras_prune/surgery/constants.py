@@ -7,13 +7,14 @@ instead of the constant); there all constants are merged into one unit, which is
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 
 from keras_prune.channels import Channels
-from keras_prune.linear import VIEWS
+from keras_prune.linear import VIEWS, pads_nothing
 from keras_prune.program import Program
 from keras_prune.rules import Ids
 from keras_prune.sites import Site, sites_of, tail_of
@@ -22,6 +23,17 @@ from keras_prune.surgery.zeros import dead_units
 
 ROUNDING = 1e-6
 """Numbers that differ by less, relative to the largest, are one constant."""
+
+SAME_FOR_ALL_SIZES = frozenset(
+    """Abs Activation ActivityRegularization Add AlphaDropout Average AveragePooling1D AveragePooling2D AveragePooling3D
+    BatchNormalization Cast Clip Cropping1D Cropping2D Cropping3D Dense Divide Dropout ELU Elu Exp GaussianDropout
+    GaussianNoise Gelu GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D GlobalMaxPooling1D
+    GlobalMaxPooling2D GlobalMaxPooling3D HardSigmoid HardSilu Identity LayerNormalization LeakyReLU LeakyRelu Max
+    MaxPooling1D MaxPooling2D MaxPooling3D Maximum Mean Min Minimum Multiply Negative PReLU ReLU Relu Relu6 Rescaling
+    Selu Sigmoid Silu Softplus SpatialDropout1D SpatialDropout2D SpatialDropout3D Sqrt Square Subtract Tanh TrueDivide
+    UpSampling1D UpSampling2D UpSampling3D""".split()
+)
+"""What makes one number out of a number that is the same at every position, however many positions there are."""
 
 
 class Constants:
@@ -75,11 +87,16 @@ class Constants:
         none = np.zeros(count, bool)
         silent = self._made.get(layer, none) & ~self._loud.get(layer, none)
         passing, constant = np.zeros(count, bool), np.ones(count, bool)
+        joins = type(step.operation).__name__ == "Concatenate"
         for slot in taken:
-            present = np.unique(self._ids[slot])
-            passing[present] = True
-            constant[present] &= self.units[slot][present] | self.whole[slot]
+            present = np.zeros(count, bool)
+            present[np.unique(self._ids[slot])] = True
+            passing |= present
+            # What else comes in, a gate of one channel for all, acts on every unit; only a concatenation keeps apart.
+            constant &= self.units[slot] | self.whole[slot] | (~present if joins else False)
         kept = passing & constant & ~self._mixed.get(layer, none)
+        if self._depends_on_size(step):
+            whole, kept = layer in self._silent, none
         tensors = step.node.outputs if step.node is not None else [None]
         for slot, tensor in zip(step.gives, tensors):
             ids = self._ids[taken[0]] if tensor is None else self.channels.ids_of(tensor)
@@ -89,6 +106,15 @@ class Constants:
             self.whole[slot] = whole
             self.units[slot] = present & (silent | kept | whole)
             self.units[slot][0] = False
+
+    def _depends_on_size(self, step) -> bool:
+        """Whether a call could make other numbers of the same constant where its input has another length."""
+        if not self.channels.has_unknown_lengths or step.node is None or not _has_unknown_lengths(step):
+            return False
+        operation = step.operation
+        if type(operation).__name__ == "Concatenate":
+            return operation.axis % len(step.node.outputs[0].shape) != len(step.node.outputs[0].shape) - 1
+        return type(operation).__name__ not in SAME_FOR_ALL_SIZES and not pads_nothing(operation)
 
     def mask(self, slot: int, shape: tuple) -> np.ndarray:
         """Which numbers of one sample of a tensor are constant: booleans of `shape`, (1, ...)."""
@@ -101,6 +127,10 @@ class Constants:
     def unit_ids(self, slot: int, shape: tuple) -> np.ndarray:
         """The unit of each number of one sample."""
         return np.broadcast_to(self._ids[slot], shape)
+
+
+def _has_unknown_lengths(step) -> bool:
+    return any(None in tensor.shape[1:] for tensor in step.node.input_tensors)
 
 
 def values_of(program: Program, batch, slots) -> dict[int, np.ndarray]:
@@ -160,6 +190,12 @@ def fold_constants(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
     """
     program = Program(channels.model)
     constants = Constants(channels, program)
+    if all(constants.whole[slot] for slot in program.outputs):
+        warnings.warn(
+            f"{channels.model.name}: its outputs are the same for every input, as zeros cut every way through "
+            "it. Prune less, or let layers with a way around them (structure='layer') alone be pruned as a whole.",
+            stacklevel=4,
+        )
     readers = _readers(channels, program, constants, batch)
     dead = set(dead_units(channels).tolist())  # those leave without our help
     read_by = {u: keys for u, keys in _read_by(channels, readers).items() if u not in dead}
@@ -213,7 +249,10 @@ def _readers(channels, program, constants, batch) -> dict[int, Reader]:
             if found.max() - found.min() <= ROUNDING * scale:
                 reader.steady[int(unit)] = float(found.mean())
         units = np.unique(reader.ids[constant])
-        sized = not channels.has_unknown_lengths or len(reader.steady) == len(units)
+        # Of an unknown length, what a border makes is not to be seen in one example: strides decide where it falls.
+        sized = not (channels.has_unknown_lengths and _has_unknown_lengths(program.steps[number])) or (
+            len(reader.steady) == len(units) and (type(site.layer).__name__ == "Dense" or pads_nothing(site.layer))
+        )
         can_hold = _intercept(program, site) is not None or getattr(site.layer, "use_bias", True) is False
         reader.takes_all = can_hold and sized and reader.effect(units) is not None
         readers[number] = reader

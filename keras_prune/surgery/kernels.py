@@ -1,133 +1,37 @@
-"""Smaller kernels: taps that are zero for all channels, inputs a kernel does not read, ragged columns.
+"""Smaller kernels: taps that are zero for all channels, inputs that a kernel does not read, kernels of zeros.
 
-Border taps that are gone make a smaller kernel. Where the padding argument cannot say the same thing, zeros are padded
-(or rows cropped) explicitly. Inputs that others still need are left out by a gather in front of the kernel. What is
-ragged beyond that, other taps gone for each channel, becomes a gather of columns and a 1x1 convolution.
+A kernel of zeros is no layer any more: what it makes are numbers, and a Rescaling layer writes them. What else a kernel
+can lose, and at what price, is said in `rewiring.py`.
 """
 
 from __future__ import annotations
 
-import math
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 
 import keras
 import numpy as np
-from keras import layers, ops
+from keras import layers
 
-from keras_prune.internals import graph_of, is_graph, nodes_of
-from keras_prune.linear import padding_of
+from keras_prune.internals import graph_of, is_graph, nodes_of, origin_of
 from keras_prune.surgery.rebuilding import Rebuild
+from keras_prune.surgery.rewiring import (
+    CONVOLUTIONS,
+    DEPTHWISE,
+    TRANSPOSED,
+    Rewiring,
+    candidates,
+    channels_of,
+    milliseconds,
+)
 
-CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
-DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
-TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
+SHAPELESS = (layers.BatchNormalization, layers.ReLU, layers.LeakyReLU, layers.Activation, layers.Dropout)
+"""Layers that keep the shape of what they are given."""
+
 WORTH = 0.9
 """A rewiring is only looked at if it leaves less than this fraction of the multiply-accumulates."""
 
 FASTER = 0.95
 """And it has to be measured below this fraction of the time, so that noise decides nothing."""
-
-
-@dataclass(frozen=True)
-class Rewiring:
-    """One layer with a smaller kernel, and what stands in front of it.
-
-    Attributes:
-        layer: the old layer.
-        kernel: attribute of the kernel that becomes smaller.
-        taps: per spatial axis the (first, last + 1) tap that stays.
-        padding: the padding argument of the new layer.
-        pads: per spatial axis (before, after) zeros that are padded explicitly, negative where rows are cropped.
-        inputs: the input channels that are read; None for all.
-        columns: per tap that is left the channels it reads: a gather of columns; None for a dense kernel.
-        macs: fraction of the layer's multiply-accumulates that is left.
-    """
-
-    layer: keras.layers.Layer
-    kernel: str = "kernel"
-    taps: tuple[tuple[int, int], ...] = ()
-    padding: str | None = None
-    pads: tuple[tuple[int, int], ...] = ()
-    inputs: tuple[int, ...] | None = None
-    columns: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...] | None = None
-    macs: float = 1.0
-
-    @property
-    def is_plain(self) -> bool:
-        """Whether nothing stands in front of the layer."""
-        return not self.pads and self.inputs is None and self.columns is None
-
-    @property
-    def kernel_size(self) -> tuple[int, ...]:
-        return tuple(stop - start for start, stop in self.taps)
-
-    def config(self, config: dict) -> dict:
-        """The new layer's config from the old one's."""
-        if not self.taps:
-            return config
-        if self.columns is not None:
-            ones = [1] * len(self.taps)
-            return {**config, "kernel_size": ones, "strides": ones, "dilation_rate": ones, "padding": "valid"}
-        return {**config, "kernel_size": self.kernel_size, "padding": self.padding}
-
-    def weights(self, array: np.ndarray) -> np.ndarray:
-        """What is left of a kernel."""
-        array = array[tuple(slice(start, stop) for start, stop in self.taps)]
-        if self.columns is not None:
-            rows = [array[tap][list(channels)] for tap, channels in self.columns]
-            return np.concatenate(rows).reshape(*(1,) * len(self.taps), -1, array.shape[-1])
-        if self.inputs is not None:
-            array = array.take(self.inputs, len(self.taps))
-        return array
-
-    def before(self, x, made: dict):
-        """What the new layer is called on. `made` keeps the layers in between for the next call."""
-        rank, layer = len(self.taps), self.layer
-        for kind, amounts in (("pad", _clipped(self.pads, 1)), ("crop", _clipped(self.pads, -1))):
-            if any(map(any, amounts)):
-                if kind not in made:
-                    cls = getattr(layers, f"{'ZeroPadding' if kind == 'pad' else 'Cropping'}{rank}D")
-                    given = amounts[0] if rank == 1 else amounts
-                    more = {} if rank == 1 and kind == "crop" else {"data_format": layer.data_format}
-                    made[kind] = cls(given, name=f"{layer.name}_{kind}", dtype=layer.dtype_policy, **more)
-                x = made[kind](x)
-        if self.inputs is not None:
-            x = _chosen(x, self.inputs)
-        if self.columns is not None:
-            lengths = x.shape[1:-1]
-            out = [
-                (n - (k - 1) * d - 1) // s + 1
-                for n, k, d, s in zip(lengths, self.kernel_size, layer.dilation_rate, layer.strides)
-            ]
-            parts = []
-            for tap, channels in self.columns:
-                window = [
-                    slice(t * d, t * d + (m - 1) * s + 1, s)
-                    for t, d, m, s in zip(tap, layer.dilation_rate, out, layer.strides)
-                ]
-                parts.append(_chosen(x[(slice(None), *window)], channels))
-            if len(parts) > 1:
-                made.setdefault("join", layers.Concatenate(name=f"{layer.name}_columns", dtype=layer.dtype_policy))
-                return made["join"](parts)
-            x = parts[0]
-        return x
-
-
-def _clipped(pads, sign: int) -> tuple[tuple[int, int], ...]:
-    return tuple((max(sign * a, 0), max(sign * b, 0)) for a, b in pads)
-
-
-def _chosen(x, channels: Sequence[int]):
-    """Some channels of a tensor with channels last."""
-    if len(channels) == x.shape[-1]:
-        return x
-    first, last = channels[0], channels[-1]
-    if last - first + 1 == len(channels):
-        return x[(*(slice(None),) * (len(x.shape) - 1), slice(first, last + 1))]
-    return ops.take(x, list(channels), axis=-1)
 
 
 def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[keras.Model, list[str]]:
@@ -144,14 +48,18 @@ def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[
         (model, notes); the model itself where no kernel can become smaller.
     """
     chosen: dict[int, Rewiring] = {}
+    silent: dict[int, keras.layers.Layer] = {}
     notes: list[str] = []
     kept_dense = []
     for layer, tensors in _called_layers(model).values():
+        if _is_silent(layer):
+            silent[id(layer)] = layer
+            continue
         options = candidates(layer, tensors)
         best = plain = options[0]
         others = [o for o in options[1:] if o.macs < WORTH * plain.macs]
         if others and rewire == "faster":
-            base, *times = _times([plain, *others], tensors[0], latency)
+            base, *times = milliseconds([plain, *others], tensors[0], latency)
             quickest = int(np.argmin(times))
             if times[quickest] < FASTER * base:
                 best = others[quickest]
@@ -172,7 +80,10 @@ def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[
             f"{len(kept_dense)} kernels keep zeros that a gather could skip, as that was not measured faster: "
             + _few(kept_dense)
         )
-    if not chosen:
+    if silent:
+        names = [layer.name for layer in silent.values()]
+        notes.append(f"{len(silent)} layers with kernels of zeros became numbers: {_few(names)}")
+    if not chosen and not silent:
         return model, notes
     smaller = [r.layer.name for r in chosen.values() if r.is_plain]
     gathered = [r.layer.name for r in chosen.values() if not r.is_plain]
@@ -180,11 +91,49 @@ def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[
         notes.append(f"{len(smaller)} kernels lost taps: {_few(smaller)}")
     if gathered:
         notes.append(f"{len(gathered)} kernels are smaller behind padding, cropping or a gather: {_few(gathered)}")
-    return _Smaller(model, chosen).model(), notes
+    return _Smaller(model, chosen, silent).model(), notes
 
 
 def _few(names: Sequence[str]) -> str:
     return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+
+def _is_silent(layer) -> bool:
+    """Whether a layer makes the same numbers at every position of its output, whatever it is given."""
+    kernels = [
+        v
+        for name in ("kernel", "depthwise_kernel", "pointwise_kernel")
+        if (v := getattr(layer, name, None)) is not None
+    ]
+    return (
+        type(layer).__name__ not in TRANSPOSED
+        and getattr(layer, "data_format", "channels_last") == "channels_last"
+        and not isinstance(layer.activation, keras.layers.Layer)
+        and not all(np.any(keras.ops.convert_to_numpy(kernel)) for kernel in kernels)
+    )
+
+
+def _numbers(layer, x, made: dict):
+    """What a silent layer makes: its bias, behind its activation. `x` only lends its shape."""
+    size = layer.compute_output_shape(x.shape)[-1]
+    while True:  # as far back as something had that shape: what is in between may not be needed any more
+        operation, before = origin_of(x)
+        if not isinstance(operation, SHAPELESS) or len(before) != 1 or before[0].shape != x.shape:
+            break
+        x = before[0]
+    x = channels_of(x, range(size) if size <= x.shape[-1] else [0] * size)
+    windows = []
+    for axis in range(getattr(layer, "rank", 0)):
+        outside = (layer.kernel_size[axis] - 1) * layer.dilation_rate[axis] if layer.padding == "valid" else 0
+        windows.append(slice(None, -outside or None, layer.strides[axis] if layer.strides[axis] > 1 else None))
+    if any(window != slice(None) for window in windows):
+        x = x[(slice(None), *windows)]
+    if "numbers" not in made:
+        bias = keras.ops.zeros(size) if layer.bias is None else keras.ops.cast(layer.bias, "float32")
+        value = layer.activation(bias[None])[0] if layer.activation is not None else bias
+        offset = keras.ops.convert_to_numpy(value).tolist()
+        made["numbers"] = layers.Rescaling(0.0, offset, dtype=layer.dtype_policy, name=layer.name)
+    return made["numbers"](x)
 
 
 def _called_layers(model) -> dict[int, tuple]:
@@ -211,157 +160,26 @@ def _is_known(layer) -> bool:
     return known and not (getattr(layer, "lora_enabled", False) or getattr(layer, "quantization_mode", None))
 
 
-def candidates(layer, tensors) -> list[Rewiring]:
-    """Ways to run a layer with fewer multiply-accumulates: the first one with nothing in front of the layer."""
-    if type(layer).__name__ == "Dense":
-        plain = Rewiring(layer)
-        nonzero = keras.ops.convert_to_numpy(layer.kernel) != 0
-        return [plain, *_with_inputs(plain, nonzero)]
-    kernel = "depthwise_kernel" if "Separable" in type(layer).__name__ else "kernel"
-    nonzero = keras.ops.convert_to_numpy(getattr(layer, kernel)) != 0
-    rank = layer.rank
-    lengths = [_lengths(layer, tensor) for tensor in tensors]
-    whole = tuple((0, k) for k in layer.kernel_size)
-    start = Rewiring(layer, kernel, whole, layer.padding)
-    border = tuple(
-        _span(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)), layer, axis, lengths)
-        for axis in range(rank)
-    )
-    options = []
-    if border != whole:
-        share = math.prod(b - a for a, b in border) / math.prod(layer.kernel_size)
-        options = _shrunk(replace(start, taps=border, macs=share), lengths)
-    plain = next((o for o in options if o.is_plain), start)
-    options = [plain, *(o for o in options if not o.is_plain)]
-    if type(layer).__name__ in CONVOLUTIONS and layer.groups == 1 and layer.data_format == "channels_last":
-        base = min(options, key=lambda o: o.macs)
-        nonzero = nonzero[tuple(slice(a, b) for a, b in base.taps)]
-        options += _with_inputs(base, nonzero)
-        options += _with_columns(start, keras.ops.convert_to_numpy(layer.kernel) != 0, lengths)
-    return options
-
-
-def _lengths(layer, tensor) -> tuple:
-    return tuple(tensor.shape[2:] if layer.data_format == "channels_first" else tensor.shape[1:-1])
-
-
-def _span(line: np.ndarray, layer, axis: int, lengths) -> tuple[int, int]:
-    """(first, last + 1) tap with anything in it; of a kernel of zeros the tap that needs no padding."""
-    if line.any():
-        first, last = np.flatnonzero(line)[[0, -1]]
-        return int(first), int(last) + 1
-    n = lengths[0][axis]
-    before = padding_of(layer, axis, n or 64)[0]
-    tap = min(before // layer.dilation_rate[axis], len(line) - 1)
-    return tap, tap + 1
-
-
-def _shrunk(wanted: Rewiring, lengths) -> list[Rewiring]:
-    """The smaller kernel with a padding argument that says the same, or with explicit padding; [] where none does."""
-    layer = wanted.layer
-    needed = [_needed(wanted, axis, [n[axis] for n in lengths]) for axis in range(len(wanted.taps))]
-    transposed = type(layer).__name__ in TRANSPOSED
-    modes = (
-        ("valid", "same")
-        if transposed or layer.rank > 1 or "Conv1D" != type(layer).__name__
-        else ("valid", "same", "causal")
-    )
-    for mode in modes:
-        if all(_mode_fits(wanted, axis, mode, pads) for axis, pads in enumerate(needed)):
-            return [replace(wanted, padding=mode)]
-    if transposed or any(len(set(pads.values())) != 1 for pads in needed):
-        return []
-    return [replace(wanted, padding="valid", pads=tuple(next(iter(pads.values())) for pads in needed))]
-
-
-def _needed(wanted: Rewiring, axis: int, lengths) -> dict[int, tuple[int, int]]:
-    """Length of the input -> (before, after) padding under which the smaller kernel does what the old one did."""
-    layer, (start, stop) = wanted.layer, wanted.taps[axis]
-    taps, dilation, stride = layer.kernel_size[axis], layer.dilation_rate[axis], layer.strides[axis]
-    cut = (start * dilation, (taps - stop) * dilation)
-    if type(layer).__name__ in TRANSPOSED:  # it runs over its taps the other way round
-        cut = cut[::-1]
-    reach = (taps - 1) * dilation + 1
-    found = {}
-    for given in lengths:
-        for n in [given] if given is not None else range(reach, reach + 2 * stride + 2):
-            before, after = padding_of(layer, axis, n)
-            found[n] = (before - cut[0], after - cut[1])
-    return found
-
-
-def _mode_fits(wanted: Rewiring, axis: int, mode: str, needed: dict) -> bool:
-    small = wanted.kernel_size[axis]
-    return all(padding_of(wanted.layer, axis, n, small, mode) == pads for n, pads in needed.items())
-
-
-def _with_inputs(base: Rewiring, nonzero: np.ndarray) -> list[Rewiring]:
-    """A gather of the channels that the kernel reads."""
-    axis = nonzero.ndim - 2
-    read = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)))
-    read = read if read.size else np.zeros(1, int)
-    if len(read) == nonzero.shape[axis]:
-        return []
-    return [replace(base, inputs=tuple(read.tolist()), macs=base.macs * len(read) / nonzero.shape[axis])]
-
-
-def _with_columns(start: Rewiring, nonzero: np.ndarray, lengths) -> list[Rewiring]:
-    """A gather of the (tap, channel) columns that the kernel reads, for known lengths."""
-    rank = len(start.taps)
-    read = nonzero.any(axis=-1)
-    share = read.sum() / read.size
-    taps = [tuple(int(t) for t in tap) for tap in np.ndindex(read.shape[:rank]) if read[tap].any()]
-    if len(taps) <= 1 or any(None in n for n in lengths) or math.prod(read.shape[:rank]) == 1:
-        return []
-    pads = [_needed(start, axis, [n[axis] for n in lengths]) for axis in range(rank)]
-    if any(len(set(p.values())) != 1 for p in pads):
-        return []
-    pads = tuple(next(iter(p.values())) for p in pads)
-    columns = tuple((tap, tuple(np.flatnonzero(read[tap]).tolist())) for tap in taps)
-    return [replace(start, pads=pads, columns=columns, macs=float(share))]
-
-
-def _times(options: list[Rewiring], tensor, latency: Callable | None) -> list[float]:
-    """Milliseconds of each option, by itself on an input of that size."""
-    shape = tuple(n or 32 for n in tensor.shape[1:])
-    models = []
-    for option in options:
-        inputs = keras.Input(shape, dtype=tensor.dtype)
-        new = _new_layer(option)
-        models.append(keras.Model(inputs, new(option.before(inputs, {}))))
-    if latency is not None:
-        return [float(latency(model)) for model in models]
-    batch = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
-    found: list[list[float]] = [[] for _ in models]
-    for round_number in range(12):
-        for place, model in enumerate(models):
-            begin = time.perf_counter()
-            model.predict_on_batch(batch)
-            if round_number >= 2:  # the first ones compile
-                found[place].append(1e3 * (time.perf_counter() - begin))
-    return [statistics.median(times) for times in found]
-
-
-def _new_layer(option: Rewiring):
-    return type(option.layer).from_config(option.config(option.layer.get_config()))
-
-
 class _Smaller(Rebuild):
-    def __init__(self, model, chosen: dict[int, Rewiring]):
+    def __init__(self, model, chosen: dict[int, Rewiring], silent: dict[int, keras.layers.Layer]):
         super().__init__(model)
-        self._chosen = chosen
+        self._chosen, self._silent = chosen, silent
         self._kernels = {id(getattr(r.layer, r.kernel)): r for r in chosen.values()}
         self._made: dict[int, dict] = {}
+        self.count_past("take", "get_item")
 
     def changes(self, layer):
-        return id(layer) in self._chosen and not self._chosen[id(layer)].is_plain
+        return id(layer) in self._silent or (id(layer) in self._chosen and not self._chosen[id(layer)].is_plain)
 
     def made(self, old, config):
         return super().made(old, self._chosen[id(old)].config(config) if id(old) in self._chosen else config)
 
     def called(self, node, args, kwargs):
+        if id(node.operation) in self._silent:
+            return _numbers(node.operation, args[0], self._made.setdefault(id(node.operation), {}))
         if self.changes(node.operation):
-            x = self._chosen[id(node.operation)].before(args[0], self._made.setdefault(id(node.operation), {}))
+            made = self._made.setdefault(id(node.operation), {})
+            x = self._chosen[id(node.operation)].before(args[0], made, self.unused)
             args = [x, *args[1:]]
         return super().called(node, args, kwargs)
 

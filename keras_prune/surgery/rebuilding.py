@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import re
 import tempfile
 import warnings
 
 import keras
 import numpy as np
 
-from keras_prune.internals import graph_of, input_layer_of, inputs_of, is_graph, nodes_of, outputs_of, sublayers_of
+from keras_prune.internals import (
+    graph_of,
+    input_layer_of,
+    inputs_of,
+    is_graph,
+    nodes_of,
+    operations_of,
+    outputs_of,
+    sublayers_of,
+)
 from keras_prune.surgery.training import compile_like
 
 
@@ -23,6 +34,23 @@ class Rebuild:
         self.source = model
         self.new: dict[int, tuple] = {}  # id(old operation) -> (old, new)
         self.variables: dict[int, keras.Variable] = {}  # id(old variable) -> new variable
+        self._names = {operation.name for operation in operations_of(model)}
+
+    def unused(self, name: str) -> str:
+        """That name, or with a number behind it where the model has something of that name: Keras wants them unique."""
+        numbered = (f"{name}_{n}" for n in itertools.count(1))
+        while name in self._names:
+            name = next(numbered)
+        self._names.add(name)
+        return name
+
+    def count_past(self, *prefixes: str) -> None:
+        """Keras counts up the names of operations that nobody names; a loaded model's were counted elsewhere."""
+        for prefix in prefixes:
+            found = [re.fullmatch(rf"{prefix}(?:_(\d+))?", name) for name in self._names]
+            last = max((int(match[1] or 0) for match in found if match), default=-1)
+            while last >= 0 and keras.backend.get_uid(prefix) <= last:
+                pass
 
     def model(self) -> keras.Model:
         """The new model with the old one's weights, flags and compilation; the optimizer's slots go along."""
@@ -30,6 +58,8 @@ class Rebuild:
         for old, new in list(self.new.values()):
             self.copy_weights(old, new)
         self._copy_trainable(result)
+        there = {id(v) for v in result.variables}
+        self.variables = {key: new for key, new in self.variables.items() if id(new) in there}
         compile_like(self.source, result, self.variables, self.sliced)
         return result
 

@@ -23,7 +23,7 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
     arguments = compile_arguments_of(old)
     for key in ("metrics", "weighted_metrics"):
         arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
-    arguments["optimizer"] = sliced_optimizer(old.optimizer, variables, sliced)
+    arguments["optimizer"] = sliced_optimizer(old.optimizer, variables, sliced, new.trainable_variables)
     try:
         new.compile(**arguments)
     except TypeError as error:  # a subclass with a compile() of its own
@@ -40,8 +40,11 @@ def _fresh_metric(metric):
         return copy.deepcopy(metric)
 
 
-def sliced_optimizer(old, variables: dict, sliced):
-    """The same optimizer for the smaller model: step count, learning rate, momenta."""
+def sliced_optimizer(old, variables: dict, sliced, trainable=()):
+    """The same optimizer for the smaller model: step count, learning rate, momenta.
+
+    Of the smaller model's `trainable` variables those that stand for none of the old ones get slots that start afresh.
+    """
     new = type(old).from_config(old.get_config())
     if not old.built:
         return new
@@ -50,7 +53,13 @@ def sliced_optimizer(old, variables: dict, sliced):
         return new
     new_of = [variables[i] for i in reference]
     old_of = {id(variables[i]): v for i, v in reference.items()}
+    known, before = set(map(id, variables.values())), None
+    for variable in trainable:  # a new bias comes behind its kernel, as in the model
+        if id(variable) not in known:
+            new_of.insert(next((k + 1 for k, v in enumerate(new_of) if v is before), 0), variable)
+        before = variable
     slot_of: dict[int, keras.Variable] = {}  # id(new slot) -> the old variable it belongs to
+    added: set[int] = set()  # ids of the slots of variables that are new
     holder = _slot_holder(new)
     original = holder.add_variable_from_reference
 
@@ -58,6 +67,8 @@ def sliced_optimizer(old, variables: dict, sliced):
         slot = original(reference_variable, *args, **kwargs)
         if slot is not None and id(reference_variable) in old_of:
             slot_of[id(slot)] = old_of[id(reference_variable)]
+        elif slot is not None:
+            added.add(id(slot))
         return slot
 
     spared = [variables[i] for i, v in reference.items() if not decays(_slot_holder(old), v)]
@@ -68,7 +79,7 @@ def sliced_optimizer(old, variables: dict, sliced):
         new.build(new_of)
     finally:
         del holder.add_variable_from_reference
-    for before, after in zip(old.variables, new.variables):
+    for before, after in zip(old.variables, [v for v in new.variables if id(v) not in added]):
         if id(after) in slot_of and tuple(before.shape) == tuple(slot_of[id(after)].shape):
             after.assign(sliced(slot_of[id(after)], before))
         elif tuple(before.shape) == tuple(after.shape):

@@ -61,19 +61,27 @@ def dead_units(
     Args:
         channels: labels of the model.
         strict: only units all of whose members are zero.
-        may_vanish: (all units of a group) -> whether the network can do without the whole group. By default a group
-            never loses its last unit; its first one then stays, with its zeros.
+        may_vanish: (units, of which some are whole groups) -> whether the network can do without all of them. By
+            default a group never loses its last unit; its first one then stays, with its zeros.
     """
     prunable = np.zeros(channels.unit_count, bool)
     for group in channels.groups:
         prunable[group.units] = True
     entries = list(_nonzeros(channels))
     dead = np.zeros(channels.unit_count, bool)
+    needed: set[int] = set()  # groups that cannot vanish after all, once others have
     while True:
         found = _dead(channels, entries, dead, strict) & prunable
-        for group in channels.groups:
-            if found[group.units].all() and (strict or not may_vanish(group.units)):
-                found[group.units[0]] = False
+        whole = [group for group in channels.groups if found[group.units].all()]
+        found[[group.units[0] for group in whole]] = False
+        # One by one: each part of a concatenation can leave, but not all. Those that have left already come first.
+        for group in [] if strict else sorted(whole, key=lambda group: not dead[group.units].all()):
+            first = group.units[0]
+            found[first] = group.index not in needed
+            if found[first] and not may_vanish(np.flatnonzero(found)):
+                found[first] = False
+                if dead[first]:
+                    needed.add(group.index)
         if strict or (found == dead).all():
             return np.flatnonzero(found)
         dead = found
