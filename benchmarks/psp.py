@@ -36,7 +36,8 @@ import numpy as np
 
 import keras_prune
 from keras_prune import Channels, datasets, metrics, schedules
-from keras_prune.layers import PSPConv2D, PSPLayer
+from keras_prune.layers import PSPConv2D
+from keras_prune.surgery import psp_layers, structures_left
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "examples"))
@@ -153,15 +154,11 @@ def images_of(config: dict, folder: str) -> tuple[np.ndarray, ...]:
 # -- what is left ----------------------------------------------------------------------------------------------------
 
 
-def psp_layers(model) -> list:
-    return [layer for layer in model.layers if isinstance(layer, PSPLayer)]
-
-
 def structures(model) -> dict[str, dict[str, list[int]]]:
     """Layer -> structure -> [left, total]."""
     return {
-        layer.name: {name: [int(left.sum()), left.size] for name, left in layer.alive().items()}
-        for layer in psp_layers(model)
+        layer: {name: [left, total] for name, (total, left) in counts.items()}
+        for layer, counts in structures_left(model).items()
     }
 
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import keras
 
-from keras_prune.internals import check_model, layers_of, sublayers_of
+from keras_prune.internals import check_model, layers_of
 from keras_prune.layers import PLAIN, PSPDense, PSPLayer
 from keras_prune.program import Program
 from keras_prune.surgery.rebuilding import Rebuild
@@ -158,9 +158,7 @@ class _Convert(Rebuild):
             new.raw_kernel(name).assign(getattr(old, name))
         if old.use_bias:
             new.bias.assign(old.bias)
-        for before, after in zip(sublayers_of(old), sublayers_of(new)):  # a layer given as activation
-            if before.built and not after.built:
-                after.build_from_config(before.get_build_config() or {})
+        for before, after in self.sublayers(old, new):  # a layer given as activation
             super().copy_weights(before, after)
 
 

@@ -268,6 +268,19 @@ def test_the_default_measures_on_this_machine():
     assert relative_difference(model, small, some_input(model)) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "layer", [layers.SeparableConv2D(4, 3), layers.DepthwiseConv2D(3, 2, padding="same")], ids=lambda v: v.name
+)
+def test_explicit_padding_and_cropping_are_measured_for_other_layers_too(layer):
+    model = one_layer(type(layer).from_config(layer.get_config()), (12, 12, 3))
+    kernel = model.layers[1].depthwise_kernel if "Separable" in type(layer).__name__ else model.layers[1].kernel
+    value = np.array(kernel)
+    value[0] = 0
+    kernel.assign(value)
+    small, notes = smaller_kernels(model)
+    assert notes and relative_difference(model, small, some_input(model)) < 1e-6
+
+
 def test_inputs_that_others_need_are_gathered_in_front_of_the_kernel():
     inputs = keras.Input((8, 8, 6))
     x = layers.Conv2D(8, 3, padding="same", name="shared")(inputs)

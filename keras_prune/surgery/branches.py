@@ -128,7 +128,7 @@ class _WithoutBranches(Rebuild):
         if last:
             return keras.layers.Rescaling(1.0, what.offset.tolist(), dtype=policy, name=own)(x)
         if x.dtype != made.dtype or (shown and len(tensors) == 1):
-            return keras.layers.Identity(dtype=policy, name=own)(x)
+            return keras.layers.Identity(dtype=made.dtype, name=own)(x)
         return x
 
 
@@ -139,6 +139,12 @@ def can_vanish(channels: Channels, gone: Ids) -> bool:
     """
     units = np.zeros(channels.unit_count, bool)
     units[gone] = True
+    carried = np.zeros(channels.unit_count, bool)
+    for tensor in channels.tensors:
+        carried[tensor.ids.ravel()] = True
+    # What lives inside a layer, the heads of attention, is no branch that could be left out.
+    if any(units[group.units].all() and not carried[group.units].any() for group in channels.groups):
+        return False
     return _graph_can_do_without(channels, graph_of(channels.model), units)
 
 

@@ -6,6 +6,7 @@ import itertools
 import re
 import tempfile
 import warnings
+from collections.abc import Iterator
 
 import keras
 import numpy as np
@@ -151,9 +152,7 @@ class Rebuild:
     def copy_weights(self, old, new) -> None:
         if not isinstance(old, keras.layers.Layer) or is_graph(old):
             return
-        for before, after in zip(sublayers_of(old), sublayers_of(new)):
-            if before.built and not after.built:  # a layer given as activation is built when it first sees numbers
-                after.build_from_config(before.get_build_config() or {})
+        list(self.sublayers(old, new))  # builds them
         old_variables, new_variables = old.variables, new.variables
         if len(old_variables) != len(new_variables):
             raise ValueError(
@@ -176,6 +175,14 @@ class Rebuild:
                 new.load_assets(folder)
         if hasattr(new, "finalize_state"):  # preprocessing layers derive constants from their weights
             new.finalize_state()
+
+    def sublayers(self, old, new) -> Iterator[tuple]:
+        """(old, new) layers directly inside of two layers, the new ones built if the old ones are: a layer given as
+        activation is built only when it first sees numbers."""
+        for before, after in zip(sublayers_of(old), sublayers_of(new)):
+            if before.built and not after.built:
+                after.build_from_config(before.get_build_config() or {})
+            yield before, after
 
     def _copy_trainable(self, result: keras.Model) -> None:
         """Outer flags first: setting one sets all flags below it."""

@@ -23,6 +23,9 @@ CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
 DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
 TRANSPOSED = ("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose")
 
+TIMED_MACS = 400_000_000
+"""About what one timed call computes, with at most 32 samples: milliseconds, so that the call itself counts little."""
+
 
 @dataclass(frozen=True)
 class Rewiring:
@@ -248,7 +251,11 @@ def milliseconds(options: list[Rewiring], tensor, latency: Callable | None) -> l
         models.append(keras.Model(inputs, new(option.before(inputs, {}))))
     if latency is not None:
         return [float(latency(model)) for model in models]
-    batch = np.random.default_rng(0).normal(size=(32, *shape)).astype("float32")
+    layer, kernel = options[0].layer, getattr(options[0].layer, options[0].kernel)
+    inputs_each = math.prod(layer.kernel_size if type(layer).__name__ in DEPTHWISE else kernel.shape[:-1])
+    macs = math.prod(n or 32 for n in models[0].output_shape[1:]) * inputs_each
+    samples = min(32, max(1, TIMED_MACS // macs))
+    batch = np.random.default_rng(0).normal(size=(samples, *shape)).astype("float32")
     found: list[list[float]] = [[] for _ in models]
     for round_number in range(12):
         for place, model in enumerate(models):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import keras
 
-from keras_prune.internals import layers_of, sublayers_of
+from keras_prune.internals import layers_of
 from keras_prune.layers import PLAIN, PSPLayer
 from keras_prune.surgery.rebuilding import Rebuild
 
@@ -53,7 +53,5 @@ class _Settle(Rebuild):
         if old.use_bias:
             new.bias.assign(old.bias)
             self.variables[id(old.bias)] = new.bias
-        for before, after in zip(sublayers_of(old), sublayers_of(new)):  # a layer given as activation
-            if before.built and not after.built:
-                after.build_from_config(before.get_build_config() or {})
+        for before, after in self.sublayers(old, new):  # a layer given as activation
             self.copy_weights(before, after)

@@ -101,7 +101,7 @@ def strip(
             channels or of the columns they read. `"faster"` does so where that is measured faster than the kernel with
             its zeros, True wherever it saves multiply-accumulates, False nowhere.
         latency: (model) -> milliseconds, to measure `"faster"` on the device in question; default: Keras on this
-            machine, batches of 32, both in turns.
+            machine, batches of up to 32, both in turns.
 
     Returns:
         The small model, or (small model, report). A model without zeros comes back as an equal copy.
