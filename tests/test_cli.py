@@ -8,6 +8,7 @@ from keras import layers
 from small import residual_net
 
 from keras_prune import Channels, cli, files, zero
+from keras_prune.layers import PSPConv2D
 from keras_prune.surgery import model_inputs, relative_difference
 
 
@@ -153,6 +154,42 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypa
     with pytest.raises(OSError):
         files.save_model(model, str(target))
     assert [p.name for p in tmp_path.iterdir()] == ["small.keras"] and target.read_text() == "old"
+
+
+def psp_file(folder):
+    """A network one of whose kernels is ragged: half of its columns are pruned."""
+    inputs = keras.Input((12, 12, 8))
+    x = PSPConv2D(16, 3, padding="same", structure="column", activation="relu")(inputs)
+    model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
+    alpha = model.layers[1].alphas["column"]
+    alpha.assign(np.random.default_rng(0).choice([0.01, 1.0], alpha.shape))
+    model.save(folder / "psp.keras")
+    return folder / "psp.keras", model
+
+
+def test_strip_takes_a_file_with_psp_layers_and_rewires_as_it_is_told(tmp_path, capsys):
+    path, model = psp_file(tmp_path)
+    macs = {}
+    for way in ("never", "always"):
+        code, out, _ = run(capsys, "strip", path, tmp_path / f"{way}.keras", "--rewire", way, "--json")
+        report = json.loads(out)
+        assert code == 0 and report["structures"]["psp_conv2d"]["column"][0] == 72
+        macs[way] = report["macs_after"]
+        small = keras.saving.load_model(tmp_path / f"{way}.keras")
+        assert relative_difference(model, small, model_inputs(model)) < 1e-6
+    assert macs["always"] < 0.7 * macs["never"]
+
+
+def test_strip_measures_in_litert_if_asked(tmp_path, capsys, monkeypatch):
+    path, _ = psp_file(tmp_path)
+    asked = []
+    monkeypatch.setattr(cli, "_litert", lambda model: asked.append(model) or len(model.layers))
+    code, out, _ = run(capsys, "strip", path, tmp_path / "small.keras", "--latency", "litert")
+    assert code == 0 and len(asked) >= 2 and "not measured faster: psp_conv2d" in out
+
+
+def test_the_latency_of_litert_is_a_number_of_milliseconds(saved):
+    assert 0 < cli._litert(keras.saving.load_model(saved / "model.keras")) < 1000
 
 
 @pytest.mark.parametrize("command", ["demo", "inspect", "plan", "prune", "strip", "compare"])

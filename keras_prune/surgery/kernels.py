@@ -113,7 +113,7 @@ def _is_silent(layer) -> bool:
     )
 
 
-def _numbers(layer, x, made: dict):
+def _numbers(layer, x, made: dict, masked: bool):
     """What a silent layer makes: its bias, behind its activation. `x` only lends its shape."""
     size = layer.compute_output_shape(x.shape)[-1]
     while True:  # as far back as something had that shape: what is in between may not be needed any more
@@ -126,7 +126,8 @@ def _numbers(layer, x, made: dict):
     for axis in range(getattr(layer, "rank", 0)):
         outside = (layer.kernel_size[axis] - 1) * layer.dilation_rate[axis] if layer.padding == "valid" else 0
         windows.append(slice(None, -outside or None, layer.strides[axis] if layer.strides[axis] > 1 else None))
-    if any(window != slice(None) for window in windows):
+    # A convolution ends a mask, which Rescaling would hand on; a slice ends it, too.
+    if any(window != slice(None) for window in windows) or (mask_of(x) is not None and not masked):
         x = x[(slice(None), *windows)]
     if "numbers" not in made:
         bias = keras.ops.zeros(size) if layer.bias is None else keras.ops.cast(layer.bias, "float32")
@@ -134,10 +135,6 @@ def _numbers(layer, x, made: dict):
         offset = keras.ops.convert_to_numpy(value).tolist()
         made["numbers"] = layers.Rescaling(0.0, offset, dtype=layer.dtype_policy, name=layer.name)
     return made["numbers"](x)
-
-
-def _without_mask(x):
-    return x if mask_of(x) is None else x[:]
 
 
 def _called_layers(model) -> dict[int, tuple]:
@@ -184,11 +181,10 @@ class _Smaller(Rebuild):
         x = args[0] if args else kwargs["inputs"]
         made = self._made.setdefault(id(node.operation), {})
         if id(node.operation) in self._silent:
-            if mask_of(node.outputs[0]) is None:  # a convolution ends a mask, Rescaling would hand it on
-                x = _without_mask(x)
-            return _numbers(node.operation, x, made)
+            return _numbers(node.operation, x, made, masked=mask_of(node.outputs[0]) is not None)
         x = self._chosen[id(node.operation)].before(x, made, self.unused)
-        return self.operation(node.operation)(x)
+        args, kwargs = ([x, *args[1:]], kwargs) if args else (args, {**kwargs, "inputs": x})
+        return super().called(node, args, kwargs)
 
     def sliced(self, variable, array=None):
         array = super().sliced(variable, array)

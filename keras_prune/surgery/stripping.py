@@ -99,7 +99,8 @@ def strip(
         report: also return a `StripReport`.
         rewire: kernels may become smaller still with something in front of them: explicit padding, a gather of the
             channels or of the columns they read. `"faster"` does so where that is measured faster than the kernel with
-            its zeros, True wherever it saves multiply-accumulates, False nowhere.
+            its zeros (where times are close, another run may decide otherwise), True wherever it saves
+            multiply-accumulates, False nowhere.
         latency: (model) -> milliseconds, to measure `"faster"` on the device in question; default: Keras on this
             machine, batches of up to 32, both in turns.
 
