@@ -653,3 +653,22 @@ def test_every_psp_layer_is_tried_here():
 def test_a_bad_rewire_is_refused():
     with pytest.raises(ValueError, match="rewire='always' was passed"):
         strip(learned(network("layer")), rewire="always")
+
+
+def test_constants_that_cancel_only_together_are_not_folded_apart():
+    """Units 0 and 1 are the same constant, read with opposite weights behind padding; unit 1 has another reader, too."""
+    inputs = keras.Input((6, 6, 2))
+    x = layers.Conv2D(4, 1, activation="relu", name="made")(inputs)
+    a = layers.Conv2D(3, 3, padding="same", name="a")(x)
+    b = layers.Conv2D(3, 1, name="b")(
+        layers.Multiply()([x, layers.Conv2D(4, 1, activation="sigmoid", name="gate")(inputs)])
+    )
+    model = randomize(keras.Model(inputs, layers.Dense(2)(layers.Flatten()(layers.Concatenate()([a, b])))))
+    made, reads, gate = (model.get_layer(name).kernel for name in ("made", "a", "gate"))
+    made.assign(made * np.array([0, 0, 1, 1], "float32"))
+    gate.assign(gate * np.array([0, 1, 1, 1], "float32"))  # unit 0 is a constant behind its gate, unit 1 is not
+    model.get_layer("made").bias.assign([2.0, 2.0, 0.1, 0.1])
+    value = np.array(reads)
+    value[:, :, 1] = -value[:, :, 0]
+    reads.assign(value)
+    assert relative_difference(model, strip(model, rewire=True), some_input(model)) < 1e-5

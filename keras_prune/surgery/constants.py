@@ -199,8 +199,8 @@ def fold_constants(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
     readers = _readers(channels, program, constants, batch)
     dead = set(dead_units(channels).tolist())  # those leave without our help
     read_by = {u: keys for u, keys in _read_by(channels, readers).items() if u not in dead}
-    leaving = [u for u, known in read_by.items() if all(_can_take(readers[r], u) for r in known)]
-    stand_ins = _stand_ins(channels, readers, {u: r for u, r in read_by.items() if u not in set(leaving)})
+    leaving = _leaving(readers, read_by)
+    stand_ins = _stand_ins(readers, {u: r for u, r in read_by.items() if u not in set(leaving)})
     if not leaving and not stand_ins:
         return channels.model, _left(read_by)
     gone = {key: np.array([u for u in leaving if key in read_by[u]], int) for key in readers}
@@ -296,7 +296,17 @@ def _can_take(reader: Reader, unit: int) -> bool:
     return reader.takes_all or abs(reader.steady.get(unit, 1.0)) == 0.0
 
 
-def _stand_ins(channels, readers, read_by) -> dict[int, int]:
+def _leaving(readers: dict[int, Reader], read_by: dict[int, list[int]]) -> list[int]:
+    """Units whose readers can all hold what they contribute."""
+    leaving = [u for u, known in read_by.items() if all(_can_take(readers[r], u) for r in known)]
+    for key, reader in readers.items():  # what was steady only together with units that stay, stays, too
+        here = [u for u in leaving if key in read_by[u] and reader.steady.get(u) != 0.0]
+        if reader.effect(np.array(here, int)) is None:
+            return _leaving(readers, {u: known for u, known in read_by.items() if u not in here})
+    return leaving
+
+
+def _stand_ins(readers, read_by) -> dict[int, int]:
     """Unit -> the constant unit that is to stand for it: one that all of its readers see, too, as no smaller number."""
     steady = {u: keys for u, keys in read_by.items() if all(u in readers[k].steady for k in keys)}
 
