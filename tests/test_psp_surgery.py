@@ -656,7 +656,7 @@ def test_a_bad_rewire_is_refused():
 
 
 def test_constants_that_cancel_only_together_are_not_folded_apart():
-    """Units 0 and 1 are the same constant, read with opposite weights behind padding; unit 1 has another reader, too."""
+    """Units 0 and 1 are the same constant, read with opposite weights behind padding; 1 has another reader, too."""
     inputs = keras.Input((6, 6, 2))
     x = layers.Conv2D(4, 1, activation="relu", name="made")(inputs)
     a = layers.Conv2D(3, 3, padding="same", name="a")(x)
