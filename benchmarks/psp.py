@@ -105,7 +105,7 @@ def build(config: dict) -> keras.Model:
     steps = config["epochs"] * (config["images"] // config["batch_size"])
     rate = keras.optimizers.schedules.PiecewiseConstantDecay([steps // 2, 3 * steps // 4], [0.1, 0.01, 0.001])
     model.compile(
-        keras.optimizers.SGD(rate, momentum=0.9),
+        keras.optimizers.SGD(rate, momentum=0.9, clipnorm=config["clipnorm"]),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
@@ -351,6 +351,7 @@ def time_steps(given) -> dict:
 
 KEYS = (
     *("network", "structure", "regularizer", "rate", "threshold", "alpha_init", "sparsity", "measure", "budget"),
+    "clipnorm",
     *("epochs", "images", "test_images", "batch_size", "width", "seed"),
 )
 
@@ -478,14 +479,19 @@ def _line(row: dict) -> str:
     dense, now = row["structure"] == "dense", row["counted"]
     counts = [f"{now['params']:,}", f"{now['macs'] / 1e6:.1f} M", now["layers"], f"{row['test_error']:.1%}"]
     if dense:
-        cells = ["plain", *["–"] * 3, *counts, *["–"] * 6]
+        cells = ["plain", _clipped(row).strip(", ") or "–", *["–"] * 2, *counts, *["–"] * 6]
     else:
         decay = f"{row['regularizer']} {row['rate']:g}"
         if row["sparsity"] is not None:
             decay += f", target {row['sparsity']:g}" + (f" of {row['measure']}" if row["measure"] else "")
+        decay += _clipped(row)
         name = row["structure"].replace("+", " and ")
         cells = [name, decay, f"{row['threshold']:g}", f"{row['left']:.0%}", *counts, *_cut_cells(row.get("strip", {}))]
     return " | ".join(str(cell) for cell in cells)
+
+
+def _clipped(row: dict) -> str:
+    return f", clipnorm {row['clipnorm']:g}" if row.get("clipnorm") else ""
 
 
 def _cut_cells(cut: dict) -> list[str]:
@@ -540,6 +546,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--l1-rate", type=float, default=1e-4, help="of its l1 decay, gradient rate * sign(alpha)")
     parser.add_argument("--threshold", type=float, help="default: the paper's: 0.2 ResNets, 0.1 DenseNet, 0.001 l1")
     parser.add_argument("--alpha-init", default="paper", choices=["paper", "ones"])
+    parser.add_argument("--clipnorm", type=float, help="largest norm of each variable's gradient; not in the paper")
     parser.add_argument(
         "--sparsity", type=float, help="with keras_prune.SparsityTarget: a ramp up to half of the epochs"
     )

@@ -229,7 +229,8 @@ def test_a_kernel_of_zeros_becomes_numbers_of_the_same_shape(name, size):
     layer = type(SILENT[name]).from_config(SILENT[name].get_config())
     inputs = keras.Input((*size, 3))
     x = layers.ReLU()(layers.BatchNormalization()(inputs))
-    model = randomize(keras.Model(inputs, layer(x)))
+    x = layer(x)
+    model = randomize(keras.Model(inputs, x * x))
     kernel = layer.pointwise_kernel if "Separable" in name else layer.kernel
     kernel.assign(ops.zeros_like(kernel))
     small, notes = smaller_kernels(model, rewire=False)
@@ -241,6 +242,12 @@ def test_a_kernel_of_zeros_becomes_numbers_of_the_same_shape(name, size):
         if size[0] is None or shape[1:3] == size:
             assert small(x).shape == model(x).shape
             assert relative_difference(model, small, x) < 1e-6
+
+
+def test_a_head_of_zeros_is_left_as_it_is_still_to_be_trained():
+    model = keras.Sequential([keras.Input((5,)), layers.Dense(4), layers.Dense(2, kernel_initializer="zeros")])
+    small, notes = smaller_kernels(model)
+    assert small is model and not notes
 
 
 # -- gathers ---------------------------------------------------------------------------------------------------------

@@ -47,6 +47,8 @@ def einsum_dense(layer, call, x):
     if layer.bias is not None:
         tail = target[-len(layer.bias.shape) :]
         weights["bias"] = tuple(out if c == letter and n > 1 else None for c, n in zip(tail, layer.bias.shape))
+        if all(ids is None for ids in weights["bias"]):  # what is added along other letters makes a zero a number
+            call.loud(out)
     shape = [layer.partial_output_shape] if isinstance(layer.partial_output_shape, int) else layer.partial_output_shape
     place = axis - (len(target) - len(shape)) if layer.equation.strip().startswith("...") else axis - 1
 

@@ -51,29 +51,17 @@ def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[
     silent: dict[int, keras.layers.Layer] = {}
     notes: list[str] = []
     kept_dense = []
-    for layer, tensors in _called_layers(model).values():
+    for layer, tensors, is_shown in _called_layers(model):
         if _is_silent(layer):
-            silent[id(layer)] = layer
+            if not is_shown:  # a head of zeros is still to be trained
+                silent[id(layer)] = layer
             continue
-        options = candidates(layer, tensors)
-        best = plain = options[0]
-        others = [o for o in options[1:] if o.macs < WORTH * plain.macs]
-        if others and rewire == "faster":
-            base, *times = milliseconds([plain, *others], tensors[0], latency)
-            quickest = int(np.argmin(times))
-            if times[quickest] < FASTER * base:
-                best = others[quickest]
-        elif others and rewire:
-            best = min(others, key=lambda option: option.macs)
-        if best is plain and others and rewire:
+        plain, *others = candidates(layer, tensors)
+        best = _best(plain, [o for o in others if o.macs < WORTH * plain.macs], tensors[0], rewire, latency)
+        if best is None:
             kept_dense.append(layer.name)
-        if (
-            best.taps
-            and best != Rewiring(layer)
-            and (best.kernel_size != tuple(layer.kernel_size) or not best.is_plain)
-        ):
-            chosen[id(layer)] = best
-        elif not best.is_plain:
+            best = plain
+        if not best.is_plain or (best.taps and best.kernel_size != tuple(layer.kernel_size)):
             chosen[id(layer)] = best
     if kept_dense:
         notes.append(
@@ -92,6 +80,17 @@ def smaller_kernels(model: keras.Model, rewire="faster", latency=None) -> tuple[
     if gathered:
         notes.append(f"{len(gathered)} kernels are smaller behind padding, cropping or a gather: {_few(gathered)}")
     return _Smaller(model, chosen, silent).model(), notes
+
+
+def _best(plain: Rewiring, others: list[Rewiring], tensor, rewire, latency) -> Rewiring | None:
+    """The rewiring that is asked for; None where others would save something, but not time."""
+    if not others or not rewire:
+        return plain
+    if rewire != "faster":
+        return min(others, key=lambda option: option.macs)
+    base, *times = milliseconds([plain, *others], tensor, latency)
+    quickest = int(np.argmin(times))
+    return others[quickest] if times[quickest] < FASTER * base else None
 
 
 def _few(names: Sequence[str]) -> str:
@@ -137,9 +136,10 @@ def _numbers(layer, x, made: dict, masked: bool):
     return made["numbers"](x)
 
 
-def _called_layers(model) -> dict[int, tuple]:
-    """id -> (layer, tensors it is called on) of all layers with a kernel, nested models included."""
-    found: dict[int, tuple] = {}
+def _called_layers(model) -> list[tuple]:
+    """(layer, tensors it is called on, whether an output of the model is its own) of all layers with a kernel."""
+    found: dict[int, list] = {}
+    outputs = {id(tensor) for tensor in graph_of(model).outputs}
 
     def visit(graph):
         for node in nodes_of(graph):
@@ -147,10 +147,12 @@ def _called_layers(model) -> dict[int, tuple]:
             if is_graph(layer):
                 visit(graph_of(layer))
             elif _is_known(layer) and node.input_tensors:
-                found.setdefault(id(layer), (layer, []))[1].append(node.input_tensors[0])
+                entry = found.setdefault(id(layer), [layer, [], False])
+                entry[1].append(node.input_tensors[0])
+                entry[2] |= id(node.outputs[0]) in outputs
 
     visit(graph_of(model))
-    return found
+    return list(map(tuple, found.values()))
 
 
 def _is_known(layer) -> bool:
