@@ -167,6 +167,10 @@ def share_left(model) -> float:
     return float(counts[:, 0].sum() / counts[:, 1].sum()) if counts.size else 1.0
 
 
+def largest_alpha(model) -> float:
+    return max(float(np.abs(keras.ops.convert_to_numpy(a)).max()) for x in psp_layers(model) for a in x.alphas.values())
+
+
 def dead_layers(model) -> int:
     return sum(any(left == 0 for left, _ in layer.values()) for layer in structures(model).values())
 
@@ -268,6 +272,7 @@ def train(config: dict, folder: str, keep: str | None) -> dict:
     row["counted"] = counted(model)
     if psp_layers(model):
         row["left"] = share_left(model)
+        row["largest_alpha"] = largest_alpha(model)
         row["dead_layers_at_start"], row["dead_layers"] = watch.dead, dead_layers(model)
         row["left_after_epoch"] = [round(value, 4) for value in watch.left]
         row["structures"] = structures(model)
@@ -294,7 +299,8 @@ def strip_again(row: dict, folder: str, keep: str) -> dict | None:
     if row["structure"] == "dense" or not file.is_file():
         return None
     _, _, x_test, y_test = images_of(row, folder)
-    return stripped(keras.saving.load_model(file), x_test, y_test)
+    model = keras.saving.load_model(file)
+    return {"largest_alpha": largest_alpha(model), "strip": stripped(model, x_test, y_test)}
 
 
 def kept_file(folder: str, config: dict) -> Path:
@@ -418,7 +424,7 @@ def measure(given) -> None:
         if found and not given.again:
             again = strip_again(found, given.data_dir, given.keep) if given.strip_again else None
             if again:
-                put(given.output, "runs", {**found, "strip": again})
+                put(given.output, "runs", {**found, **again})
                 print(config["structure"], again, flush=True)
             continue
         print({key: value for key, value in config.items() if value is not None}, flush=True)
@@ -451,9 +457,9 @@ def table(results: dict) -> str:
         title = (NETWORKS | TINY)[known["network"]] + ("" if known["width"] == 16 else f" of width {known['width']}")
         text += [
             f"### {title}: {known['epochs']} epochs on {known['images']:,} images\n",
-            "structures | decay | ε | left | params | MACs | layers | error | "
+            "structures | decay | ε | largest α | left | params | MACs | layers | error | "
             "**stripped:** params | MACs | layers | error | always rewired: params | MACs",
-            "---|---|---" + "|---:" * 11,
+            "---|---|---" + "|---:" * 12,
             *(_line(row) for row in rows),
             "",
             _notes(rows),
@@ -479,14 +485,16 @@ def _line(row: dict) -> str:
     dense, now = row["structure"] == "dense", row["counted"]
     counts = [f"{now['params']:,}", f"{now['macs'] / 1e6:.1f} M", now["layers"], f"{row['test_error']:.1%}"]
     if dense:
-        cells = ["plain", _clipped(row).strip(", ") or "–", *["–"] * 2, *counts, *["–"] * 6]
+        cells = ["plain", _clipped(row).strip(", ") or "–", *["–"] * 3, *counts, *["–"] * 6]
     else:
         decay = f"{row['regularizer']} {row['rate']:g}"
         if row["sparsity"] is not None:
             decay += f", target {row['sparsity']:g}" + (f" of {row['measure']}" if row["measure"] else "")
         decay += _clipped(row)
         name = row["structure"].replace("+", " and ")
-        cells = [name, decay, f"{row['threshold']:g}", f"{row['left']:.0%}", *counts, *_cut_cells(row.get("strip", {}))]
+        size = f"{row['largest_alpha']:,.3g}" if "largest_alpha" in row else "–"
+        cells = [name, decay, f"{row['threshold']:g}", size, f"{row['left']:.0%}", *counts]
+        cells += _cut_cells(row.get("strip", {}))
     return " | ".join(str(cell) for cell in cells)
 
 

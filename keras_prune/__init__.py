@@ -54,6 +54,8 @@ _MODULES = (
     "schedules",
     "sparsity",
     "surgery",
+    "sensitivity",
+    "theory",
     "reports",
     "datasets",
     "samples",

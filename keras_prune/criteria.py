@@ -85,6 +85,7 @@ CRITERIA: dict[str, Criterion | None] = {
     "bn_scale": bn_scale,
     "taylor": taylor,
     "obs": None,  # looks at what reads the units, not at rows of their own: see `surgeon`
+    "pfp": None,  # the same: see `sensitivity`
     "random": None,  # needs a generator: see `get`
 }
 

@@ -20,6 +20,7 @@ from keras_prune.internals import layers_of
 from keras_prune.probes import gradient_times_weight, unlabelled
 from keras_prune.reconstruction import reconstruct as reconstructed
 from keras_prune.rules import Fence, Ids
+from keras_prune.sensitivity import sensitivities
 from keras_prune.surgeon import curves
 from keras_prune.surgery import check_finite, cut, dead_units, zeroed
 from keras_prune.widths import Choice
@@ -155,14 +156,14 @@ def plan(
         model: a built Functional or Sequential model, or its `Channels`.
         sparsity: fraction of the measure to remove, in [0, 1).
         measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
-        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor" and "obs" (need `data`), or a function
-            (units, features) -> (units,).
+        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor", "obs" and "pfp" (these three need
+            `data`), or a function (units, features) -> (units,).
         budget: "global", "uniform", or a function (scores, amount) -> removed.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
             layer is often slower.
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
-        data: labelled data for "taylor": (x, y) arrays or an iterable of such batches; inputs alone for "obs" and for
-            `reconstruct`, as the model takes them.
+        data: labelled data for "taylor": (x, y) arrays or an iterable of such batches; inputs alone for "obs", "pfp",
+            and `reconstruct`, as the model takes them.
         reconstruct: let `cut()` refit the remaining weights to the original network's values on `data`, after
             whichever criterion: no labels, no training.
         seed: for "random".
@@ -191,12 +192,13 @@ def plan(
             "This model has nothing to prune: "
             + ("; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs.")
         )
-    inputs = unlabelled(channels.model, data) if reconstruct or criterion == "obs" else None
+    by_readers = isinstance(criterion, str) and criterion in READERS
+    inputs = unlabelled(channels.model, data) if reconstruct or by_readers else None
     reasons = protected(channels, protect)
     already = dead_units(channels, strict=True) if already is None else already
     alive = channels.alive(already)
-    if criterion == "obs":
-        scores = _surgeon_scores(channels, inputs, reasons, alive)
+    if by_readers:
+        scores = _reader_scores(channels, criterion, inputs, reasons, alive)
     else:
         scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
     free = [g for g in channels.groups if g.index not in reasons]
@@ -336,13 +338,27 @@ def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> d
     return scores
 
 
-def _surgeon_scores(channels, inputs, reasons: dict, alive) -> dict[int, np.ndarray]:
-    """The same for "obs", whose scores come from what reads the units."""
+def _reader_scores(channels, name, inputs, reasons: dict, alive) -> dict[int, np.ndarray]:
+    """The same for criteria whose scores come from what reads the units."""
     groups = [g for g in channels.groups if g.index not in reasons and alive[g.units].any()]
-    found, unknown = curves(channels, inputs, groups=groups)
+    found, unknown = READERS[name](channels, inputs, groups)
     reasons.update({g.index: "is gone already" for g in channels.groups if not alive[g.units].any()})
     reasons.update(unknown)
-    return {k: np.where(alive[curve.group.units], curve.scores(), -np.inf) for k, curve in found.items()}
+    return {k: np.where(alive[channels.groups[k].units], scores, -np.inf) for k, scores in found.items()}
+
+
+def _by_surgeon(channels, inputs, groups):
+    found, unknown = curves(channels, inputs, groups=groups)
+    return {k: curve.scores() for k, curve in found.items()}, unknown
+
+
+def _by_sensitivity(channels, inputs, groups):
+    found = sensitivities(channels, inputs, groups=groups)
+    return {k: sensitivity.ranking() for k, sensitivity in found.groups.items()}, found.notes
+
+
+READERS = {"obs": _by_surgeon, "pfp": _by_sensitivity}
+"""Criteria that look at what reads the units: (channels, inputs, groups) -> scores and reasons, by group index."""
 
 
 def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]:
