@@ -149,9 +149,12 @@ def test_time_grows_linearly_with_the_number_of_operations():
         for _ in range(blocks):
             x = layers.Add()([x, layers.BatchNormalization()(conv(3)(layers.ReLU()(x)))])
         model = keras.Model(inputs, x)
-        start = time.perf_counter()
-        Channels(model)
-        return time.perf_counter() - start
+        times = []
+        for _ in range(5):  # the quickest of them: other work on the machine comes and goes
+            start = time.perf_counter()
+            Channels(model)
+            times.append(time.perf_counter() - start)
+        return min(times)
 
     seconds(5)
     assert seconds(80) < 8 * max(seconds(20), 0.01)
