@@ -289,7 +289,9 @@ def callbacks(config: dict) -> list:
     given = {key: config[key] for key in ("measure", "budget") if config[key] is not None}
     target, stop = config["sparsity"], config["epochs"] // 2  # there where the learning rate falls
     return [
-        keras_prune.SparsityTarget(schedules.polynomial(0.0, target, begin=0, stop=stop) if stop else target, **given)
+        keras_prune.SparsityTarget(
+            schedules.polynomial(0.0, target, begin=0, stop=stop) if stop else target, hold=True, **given
+        )
     ]
 
 

@@ -34,7 +34,7 @@ def train(model, *callbacks):
 twin = psp_model(plain, "channel", alpha_regularizer=keras.regularizers.L2(1e-3))
 # Train as usual. Half of what the layers cost is to be gone after half of the epochs; the rest is recovery.
 half = schedules.polynomial(0.0, 0.5, begin=0, stop=epochs // 2)
-train(twin, SparsityTarget(half, measure="macs", plot="alphas.png"))
+train(twin, SparsityTarget(half, measure="macs", hold=True, plot="alphas.png"))
 train(plain)
 
 # Strip: plain layers, really smaller, with the same outputs.

@@ -91,14 +91,7 @@ class Pruner(keras.callbacks.Callback):
         self._began = False
         self._last_step = None
         self._base = int(self.model.optimizer.iterations)
-        trainable = {id(v) for v in self.model.trainable_variables}
-        new = False
-        for weight in self.channels.weights:
-            if id(weight.variable) in trainable and not isinstance(weight.variable.constraint, KeepZeros):
-                weight.variable.constraint = KeepZeros(weight.variable)
-                new = True
-        if new:  # a step function from an earlier fit would not see the constraint
-            self.model.make_train_function(force=True)
+        prepare_to_hold(self.model, [weight.variable for weight in self.channels.weights])
 
     def on_epoch_begin(self, epoch, logs=None):
         steps = self.params.get("steps")
@@ -159,12 +152,27 @@ class Pruner(keras.callbacks.Callback):
         for variable, mask in pairs:
             write_zeros(variable, mask)
             if self.holds(step) and isinstance(variable.constraint, KeepZeros):
-                variable.constraint.mask.assign(mask)
-                for slot in _slots(self.model.optimizer, variable):  # a momentum would move the weight each step, and
-                    write_zeros(slot, mask)  # averaged weights (use_ema) are taken before the constraint
+                hold_zeros(self.model.optimizer, variable, mask)
                 changed = True
         if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
             self.model.make_train_function(force=True)
+
+
+def prepare_to_hold(model: keras.Model, variables: Sequence[keras.Variable]) -> None:
+    """Give those of the variables that are trained a mask, all ones as yet, if they have none."""
+    trainable = {id(v) for v in model.trainable_variables}
+    new = [v for v in variables if id(v) in trainable and not isinstance(v.constraint, KeepZeros)]
+    for variable in new:
+        variable.constraint = KeepZeros(variable)
+    if new:  # a step function from an earlier fit would not see the constraint
+        model.make_train_function(force=True)
+
+
+def hold_zeros(optimizer, variable: keras.Variable, mask: np.ndarray) -> None:
+    """A prepared variable keeps these zeros; on JAX with the next step function that is compiled."""
+    variable.constraint.mask.assign(mask)
+    for slot in _slots(optimizer, variable):  # a momentum would move the weight each step, and averaged weights
+        write_zeros(slot, mask)  # (use_ema) are taken before the constraint
 
 
 def release(model: keras.Model) -> None:

@@ -22,7 +22,9 @@ from keras_prune.channels import Channels
 from keras_prune.files import check_writable
 from keras_prune.internals import layers_of
 from keras_prune.layers import PSPLayer
+from keras_prune.pruners import KeepZeros, hold_zeros, prepare_to_hold
 from keras_prune.reports import plot_alphas
+from keras_prune.surgery import write_zeros
 
 MEASURES = ("macs", "params", "structures")
 BUDGETS = ("global", "uniform")
@@ -34,7 +36,7 @@ class SparsityTarget(keras.callbacks.Callback):
 
     At every due step, and at the end of every epoch before validation, the thresholds are set to where the present
     alphas give the largest sparsity that is not above the asked one. Between two settings the alphas move on and the
-    sparsity drifts with them. Weights and alphas are not touched, so that what is pruned can come back, and what
+    sparsity drifts with them. Without `hold` weights and alphas are not touched: what is pruned can come back. What
     fit's callbacks save, validate or restore has its own thresholds, as these are weights of the layers.
 
     Alphas of the same size are pruned together or not at all, so that a tie never prunes more than asked. With
@@ -52,6 +54,10 @@ class SparsityTarget(keras.callbacks.Callback):
             |alpha| of every layer, equally in each (there without decay: `alpha_regularizer=None`). A layer of few
             structures is rounded down.
         every, unit: move on along the schedule each `every` steps; a step is an "epoch" or a "batch".
+        hold: from the end of the schedule on (with a plain number: from the first setting on) what is pruned stays so:
+            its alphas become zero and are kept there, as FilterPruning does it. Without it pruned structures go on
+            coming and going between two settings, so that the network at the end is not the one that was trained:
+            useless where BatchNormalization behind whole layers or filters revives them with the next step.
         allow_dead_layers: let a layer lose all it has. Otherwise the last weights of a kernel stay, with a threshold
             of their own if need be; `"layer"` structures may leave in any case.
         log_layers: also log `sparsity/<layer>`.
@@ -81,7 +87,7 @@ class SparsityTarget(keras.callbacks.Callback):
 
     Example:
         >>> ramp = schedules.polynomial(0.0, 0.7, begin=0, stop=6)                 # doctest: +SKIP
-        >>> model.fit(x, y, epochs=10, callbacks=[SparsityTarget(ramp)])           # doctest: +SKIP
+        >>> model.fit(x, y, epochs=10, callbacks=[SparsityTarget(ramp, hold=True)])   # doctest: +SKIP
         >>> small = strip(model)                                                   # doctest: +SKIP
     """
 
@@ -93,6 +99,7 @@ class SparsityTarget(keras.callbacks.Callback):
         budget: str = "global",
         every: int = 1,
         unit: str = "epoch",
+        hold: bool = False,
         allow_dead_layers: bool = False,
         log_layers: bool = False,
         plot: str | Path | None = None,
@@ -111,7 +118,7 @@ class SparsityTarget(keras.callbacks.Callback):
             check_writable(str(plot))
         self.schedule = schedules.get(sparsity)
         self.measure, self.budget, self.every, self.unit = measure, budget, every, unit
-        self.allow_dead_layers, self.log_layers, self.plot = allow_dead_layers, log_layers, plot
+        self.hold, self.allow_dead_layers, self.log_layers, self.plot = hold, allow_dead_layers, log_layers, plot
         self.per_layer: list[dict[str, float]] = []
         self._is_training = False
 
@@ -121,6 +128,8 @@ class SparsityTarget(keras.callbacks.Callback):
         self.kernels = _kernels(self.model, self.measure)
         if self.budget == "uniform":
             _check_unshared(self.kernels)
+        if self.hold:
+            prepare_to_hold(self.model, [a for kernel in self.kernels for a in kernel.layer.alphas.values()])
         self.per_layer = []
         self._target: float | None = None
         self._last_step: int | None = None
@@ -218,6 +227,19 @@ class SparsityTarget(keras.callbacks.Callback):
             for variable, value in _solve(scope, self.measure, self._target, self.allow_dead_layers):
                 variable.assign(value)
         self._written = _thresholds_in(readings)
+        if self.hold and self._last_step >= (getattr(self.schedule, "stop", None) or 0):
+            self._hold()
+
+    def _hold(self) -> None:
+        """What is pruned now stays so."""
+        for kernel in self.kernels:
+            for structure, alive in kernel.layer.alive().items():
+                alpha = kernel.layer.alphas[structure]
+                if not alive.all() and isinstance(alpha.constraint, KeepZeros):
+                    write_zeros(alpha, alive)
+                    hold_zeros(self.model.optimizer, alpha, alive)
+        if keras.backend.backend() == "jax":  # a mask is a constant of JAX's compiled step
+            self.model.make_train_function(force=True)
 
     def _sparsity(self, readings: Sequence[Reading]) -> float:
         pruned = total = 0

@@ -49,10 +49,10 @@ FLOORS = {
         "sensitivity": 7,
         "planning": 8,
         "pruners": 9,
-        "sparsity": 9,
+        "sparsity": 10,
         "compression": 9,
-        "demo": 10,
-        "cli": 11,
+        "demo": 11,
+        "cli": 12,
     },
     "tflite_export": {
         "__init__": 0,

@@ -500,3 +500,41 @@ def test_a_schedule_that_leaves_its_bounds_is_named():
         applied(network(), SparsityTarget(lambda step: 1.5))
     with pytest.raises(TypeError, match="expected a number"):
         SparsityTarget("half")
+
+
+def revived_by_batchnorm(hold):
+    """Sparsity in the middle of the last epoch, of "layer" structures in front of BatchNormalization."""
+    keras.utils.set_random_seed(0)
+    x = inputs = keras.Input((8, 8, 3))
+    x = keras.layers.Conv2D(6, 3, padding="same")(x)
+    for number in range(4):
+        y = PSPConv2D(6, 3, padding="same", structure="layer", use_bias=False, name=f"branch{number}")(x)
+        x = keras.layers.ReLU()(keras.layers.Add()([x, keras.layers.BatchNormalization()(y)]))
+    model = keras.Model(inputs, keras.layers.Dense(4)(keras.layers.GlobalAveragePooling2D()(x)))
+    model.compile(keras.optimizers.SGD(0.1, momentum=0.9), keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    rng, seen = np.random.default_rng(0), []
+
+    def look(batch, logs):
+        if keras.backend.backend() == "jax":
+            model.jax_state_sync()
+        seen.append(np.mean([layer.alive()["layer"].mean() < 1 for layer in model.layers if "branch" in layer.name]))
+
+    target = SparsityTarget({0: 0.0, 2: 0.5}, measure="structures", hold=hold)
+    watch = keras.callbacks.LambdaCallback(on_train_batch_end=look)
+    model.fit(
+        rng.normal(size=(160, 8, 8, 3)),
+        rng.integers(0, 4, 160),
+        batch_size=16,
+        epochs=5,
+        verbose=0,
+        callbacks=[watch, target],
+    )
+    return model, seen[-5]
+
+
+def test_what_is_held_stays_pruned_between_two_settings_where_batchnorm_would_revive_it():
+    model, between = revived_by_batchnorm(hold=True)
+    assert between == 0.5
+    dead = [layer for layer in model.layers if "branch" in layer.name and not layer.alive()["layer"].any()]
+    assert len(dead) == 2 and all(not np.any(np.array(layer.alphas["layer"])) for layer in dead)
+    assert revived_by_batchnorm(hold=False)[1] < 0.5  # the control: the callback alone does not keep them down
