@@ -224,7 +224,7 @@ def stripped(model, x_test, y_test) -> dict:
             "test_error": float(np.mean(after != y_test)),
             "images_classified_differently": int((before != after).sum()),
             "seconds": seconds,
-            "always": {"params": metrics.params(always), "macs": metrics.macs(always)},
+            "always": {"macs": metrics.macs(always)},
             "report": str(report),
         }
     except Exception as error:  # a row of a long training is worth more than its last column
@@ -306,7 +306,7 @@ def strip_again(row: dict, folder: str, keep: str) -> dict | None:
 
 
 def kept_file(folder: str, config: dict) -> Path:
-    name = "_".join(str(config[key]) for key in KEYS if config[key] is not None)
+    name = "_".join(str(config[key]) for key in KEYS if config.get(key) is not None)
     return Path(folder) / f"psp_{name}.keras"
 
 
@@ -460,8 +460,8 @@ def table(results: dict) -> str:
         text += [
             f"### {title}: {known['epochs']} epochs on {known['images']:,} images\n",
             "structures | decay | ε | largest α | left | params | MACs | layers | error | "
-            "**stripped:** params | MACs | layers | error | always rewired: params | MACs",
-            "---|---|---" + "|---:" * 12,
+            "**stripped:** params | MACs | layers | error | always rewired: MACs",
+            "---|---|---" + "|---:" * 11,
             *(_line(row) for row in rows),
             "",
             _notes(rows),
@@ -487,7 +487,7 @@ def _line(row: dict) -> str:
     dense, now = row["structure"] == "dense", row["counted"]
     counts = [f"{now['params']:,}", f"{now['macs'] / 1e6:.1f} M", now["layers"], f"{row['test_error']:.1%}"]
     if dense:
-        cells = ["plain", _clipped(row).strip(", ") or "–", *["–"] * 3, *counts, *["–"] * 6]
+        cells = ["plain", _clipped(row).strip(", ") or "–", *["–"] * 3, *counts, *["–"] * 5]
     else:
         decay = f"{row['regularizer']} {row['rate']:g}"
         if row["sparsity"] is not None:
@@ -506,11 +506,10 @@ def _clipped(row: dict) -> str:
 
 def _cut_cells(cut: dict) -> list[str]:
     if not cut or "error" in cut:
-        return ["–"] * 6
-    always = cut["always"] if "always" in cut else None
+        return ["–"] * 5
     return [
         *(f"{cut['params']:,}", f"{cut['macs'] / 1e6:.1f} M", f"{cut['layers']}", f"{cut['test_error']:.1%}"),
-        *((f"{always['params']:,}", f"{always['macs'] / 1e6:.1f} M") if always else ("–", "–")),
+        f"{cut['always']['macs'] / 1e6:.1f} M" if "always" in cut else "–",
     ]
 
 
