@@ -292,6 +292,13 @@ class Channels:
         """What its rule has to say about the arguments of one call: `Labels.arguments`."""
         return self._argument_edits.get(id(node), {})
 
+    def prunable(self) -> np.ndarray:
+        """Shape (unit_count,), True for the units of all groups."""
+        found = np.zeros(self.unit_count, bool)
+        for group in self.groups:
+            found[group.units] = True
+        return found
+
     def alive(self, removed: Ids) -> np.ndarray:
         """Shape (unit_count,), True = stays.
 

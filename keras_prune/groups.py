@@ -27,6 +27,16 @@ class Weight:
     reads: tuple[bool, ...]
 
     @property
+    def labelled(self) -> list[int]:
+        """Axes that carry units."""
+        return [a for a, ids in enumerate(self.axes) if ids is not None]
+
+    @property
+    def takes(self) -> list[int]:
+        """Axes on which units come in: those it reads; of a recurrent kernel, which makes and reads the same, both."""
+        return [a for a in self.labelled if self.reads[a]] or (self.labelled if len(self.labelled) > 1 else [])
+
+    @property
     def is_kernel(self) -> bool:
         return "kernel" in self.name and len(self.axes) >= 2
 

@@ -131,14 +131,9 @@ class Pruner(keras.callbacks.Callback):
 
     def _prune_if_due(self, step: int) -> None:
         """Due: the first step, each multiple of `every` that was reached or passed, and the last value's step."""
-        last, end = self._last_step, self.ends_at()
-        due = (
-            last is None
-            or step // self.every > last // self.every
-            or (end is not None and last < end <= step)
-            or (self.holds(step) and not self.holds(last))
-        )
-        if due:
+        last = self._last_step
+        due = schedules.is_due(step, last, self.every, self.ends_at())
+        if due or (self.holds(step) and not self.holds(last)):
             self._last_step = step
             self.prune(step)
 
@@ -251,19 +246,10 @@ class FilterPruning(Pruner):
 
     def begin(self) -> None:
         self.removed = dead_units(self.channels, strict=True)
-        end, total = self.ends_at(), self._total_steps()
-        if end is not None and total is not None and end >= total:
-            warnings.warn(
-                f"{type(self).__name__}: the schedule reaches its last value at {self.unit} {end}, but training ends "
-                f"after {total} {self.unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
-                stacklevel=2,
-            )
+        schedules.warn_if_too_short(self, self.schedule, self.unit)
 
     def _total_steps(self) -> int | None:
-        epochs, steps = self.params.get("epochs"), self.params.get("steps")
-        if self.unit == "epoch" or epochs is None:
-            return epochs
-        return epochs * steps if steps else None
+        return schedules.total_steps(self.unit, self.params)
 
     def ends_at(self) -> int | None:
         return getattr(self.schedule, "stop", None)

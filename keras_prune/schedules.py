@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import numbers
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -171,3 +172,28 @@ def check_sparsity(sparsity: float, where: str = "") -> float:
             "the fraction removed. To keep 20 % write sparsity=0.8."
         )
     return float(sparsity)
+
+
+def is_due(step: int, last: int | None, every: int, stop: int | None) -> bool:
+    """Whether a callback has to act: at the first step, at each multiple of `every` that was reached or passed since
+    it acted `last`, and at the step of the last value, `stop`."""
+    return last is None or step // every > last // every or (stop is not None and last < stop <= step)
+
+
+def total_steps(unit: str, params: dict) -> int | None:
+    """Epochs or batches of a whole training, from what fit tells its callbacks; None where it does not know."""
+    epochs, steps = params.get("epochs"), params.get("steps")
+    if unit == "epoch" or epochs is None:
+        return epochs
+    return epochs * steps if steps else None
+
+
+def warn_if_too_short(callback, schedule: Schedule, unit: str) -> None:
+    """Warn if the training ends before the schedule reaches its last value."""
+    end, total = getattr(schedule, "stop", None), total_steps(unit, callback.params)
+    if end is not None and total is not None and end >= total:
+        warnings.warn(
+            f"{type(callback).__name__}: the schedule reaches its last value at {unit} {end}, but training ends "
+            f"after {total} {unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
+            stacklevel=3,
+        )

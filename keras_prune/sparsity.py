@@ -141,7 +141,7 @@ class SparsityTarget(keras.callbacks.Callback):
         self._first = epoch * steps if steps else self._batches
         if not self._is_training:
             self._is_training = True
-            self._warn_if_too_short()
+            schedules.warn_if_too_short(self, self.schedule, self.unit)
         if self.unit == "epoch":
             self._move_if_due(epoch)
 
@@ -196,21 +196,9 @@ class SparsityTarget(keras.callbacks.Callback):
 
     # -- the work ------------------------------------------------------------------------------------------------
 
-    def _warn_if_too_short(self) -> None:
-        end, total = getattr(self.schedule, "stop", None), self.params.get("epochs")
-        if self.unit == "batch":
-            total = (total or 0) * (self.params.get("steps") or 0) or None
-        if end is not None and total is not None and end >= total:
-            warnings.warn(
-                f"SparsityTarget: the schedule reaches its last value at {self.unit} {end}, but training ends after "
-                f"{total} {self.unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
-                stacklevel=2,
-            )
-
     def _move_if_due(self, step: int) -> None:
         """Due: the first step, each multiple of `every` that was reached or passed, and the last value's step."""
-        last, end = self._last_step, getattr(self.schedule, "stop", None)
-        if last is None or step // self.every > last // self.every or (end is not None and last < end <= step):
+        if schedules.is_due(step, self._last_step, self.every, getattr(self.schedule, "stop", None)):
             self._last_step = step
             self._target = schedules.check_sparsity(self.schedule(step), "SparsityTarget by its schedule")
             self._settle()
@@ -232,13 +220,15 @@ class SparsityTarget(keras.callbacks.Callback):
 
     def _hold(self) -> None:
         """What is pruned now stays so."""
+        changed = False
         for kernel in self.kernels:
             for structure, alive in kernel.layer.alive().items():
                 alpha = kernel.layer.alphas[structure]
                 if not alive.all() and isinstance(alpha.constraint, KeepZeros):
+                    changed |= bool(np.any(alive != keras.ops.convert_to_numpy(alpha.constraint.mask)))
                     write_zeros(alpha, alive)
                     hold_zeros(self.model.optimizer, alpha, alive)
-        if keras.backend.backend() == "jax":  # a mask is a constant of JAX's compiled step
+        if changed and keras.backend.backend() == "jax":  # a mask is a constant of JAX's compiled step
             self.model.make_train_function(force=True)
 
     def _sparsity(self, readings: Sequence[Reading]) -> float:

@@ -76,8 +76,9 @@ def test_a_branch_of_unknown_size_that_differs_at_the_border_of_larger_images_on
     for _ in range(5):  # 32 pixels, the size of the probe, become one, and that one is border
         x = conv(6, strides=2, activation="relu")(x)
     y = conv(6, activation="relu")(conv(6, name="dead")(x))
-    model = with_zeros(randomize(keras.Model(inputs, pooled(layers.Add()([x, y])))), "dead")
-    stripped(model, image(2, 32, 32, 3), image(1, 128, 97, 3))
+    model = with_zeros(randomize(keras.Model(inputs, pooled(layers.Add(name="sum")([x, y])))), "dead")
+    small = stripped(model, image(2, 32, 32, 3), image(1, 128, 97, 3))
+    assert type(small.get_layer("sum")) is layers.Add
 
 
 def test_a_gate_that_happens_to_be_open_does_not_make_a_unit_constant():
@@ -121,7 +122,8 @@ def test_attention_keeps_its_last_head():
     y = layers.Add()([inputs, attention(inputs, inputs)])
     model = randomize(keras.Model(inputs, layers.Dense(3)(layers.Flatten()(y))))
     attention._output_dense.kernel.assign(np.zeros((4, 3, 8)))
-    stripped(model, image(3, 6, 8))
+    small = stripped(model, image(3, 6, 8))
+    assert all(x.num_heads >= 1 for x in small.layers if isinstance(x, layers.MultiHeadAttention))
 
 
 def test_a_sum_called_twice_loses_both_branches():
@@ -130,7 +132,8 @@ def test_a_sum_called_twice_loses_both_branches():
     x = add([x, conv(6, name="one")(x)])
     x = add([x, conv(6, name="two")(x)])
     model = randomize(keras.Model(inputs, pooled(x)))
-    stripped(with_zeros(with_zeros(model, "one"), "two"), image(3, 8, 8, 3))
+    small = stripped(with_zeros(with_zeros(model, "one"), "two"), image(3, 8, 8, 3))
+    assert not {"one", "two"} & {layer.name for layer in small.layers}
 
 
 def test_names_that_the_model_already_has_are_not_taken():
@@ -193,7 +196,8 @@ def test_layers_called_by_keyword_are_rewired():
     y = layers.Multiply()([conv(6, name="gathered")(inputs=x), conv(6, name="dead")(inputs=x)])
     model = randomize(keras.Model(inputs, pooled(layers.Concatenate()([x, y]))))
     with_zeros(with_zeros(model, "dead"), "gathered", (slice(None), slice(None), [1, 3, 4]))
-    stripped(model, image(3, 8, 8, 3))
+    small = stripped(model, image(3, 8, 8, 3))
+    assert small.get_layer("gathered").kernel.shape[2] == 5 and type(small.get_layer("dead")) is layers.Rescaling
 
 
 NETWORKS = (

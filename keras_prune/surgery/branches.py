@@ -13,31 +13,29 @@ import numpy as np
 
 from keras_prune.channels import Channels
 from keras_prune.internals import graph_of, is_graph, mask_of, nodes_of
-from keras_prune.program import Program
 from keras_prune.rules import Ids
 from keras_prune.surgery.constants import ROUNDING, Constants, values_of
 from keras_prune.surgery.rebuilding import Rebuild
 
 
-def drop_constant_branches(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
+def drop_constant_branches(constants: Constants, batch) -> tuple[keras.Model, list[str]]:
     """A model with the same outputs whose sums no longer compute what is the same for every input.
 
     Args:
-        channels: labels of a model.
+        constants: those of a model.
         batch: two different samples, in the structure of the model's inputs.
 
     Returns:
         (model, notes); the model itself where there is no such branch.
     """
-    program = Program(channels.model)
-    constants = Constants(channels, program)
+    model, program = constants.channels.model, constants.program
     sums = [
         step
         for step in program.steps
         if _is_sum(step.operation) and len({constants.whole[s] for _, s in step.takes}) == 2
     ]
     if not sums:
-        return channels.model, []
+        return model, []
     values = values_of(program, batch, {slot for step in sums for _, slot in step.takes})
     dropped, notes = {}, []
     for step in sums:
@@ -58,8 +56,8 @@ def drop_constant_branches(channels: Channels, batch) -> tuple[keras.Model, list
             continue
         dropped[id(step.node)] = _Sum(tuple(kept), steady)
     if not dropped:
-        return channels.model, notes
-    return _WithoutBranches(channels.model, dropped).model(), [
+        return model, notes
+    return _WithoutBranches(model, dropped).model(), [
         f"{len(dropped)} branches that were the same for every input taken out of their sums",
         *notes,
     ]

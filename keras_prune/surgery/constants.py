@@ -17,9 +17,9 @@ from keras_prune.channels import Channels
 from keras_prune.linear import VIEWS, pads_nothing
 from keras_prune.program import Program
 from keras_prune.rules import Ids
-from keras_prune.sites import Site, sites_of, tail_of
+from keras_prune.sites import Site, intercept_of, sites_of, tail_of
 from keras_prune.surgery.rebuilding import Rebuild
-from keras_prune.surgery.zeros import dead_units
+from keras_prune.surgery.zeros import any_along, dead_units
 
 ROUNDING = 1e-6
 """Numbers that differ by less, relative to the largest, are one constant."""
@@ -44,14 +44,14 @@ class Constants:
         units: slot -> shape (unit_count,), True for units that are constant there.
     """
 
-    def __init__(self, channels: Channels, program: Program):
-        self.channels, self.program = channels, program
+    def __init__(self, channels: Channels):
+        self.channels, self.program = channels, Program(channels.model)
         self._read_kernels()
-        count = channels.unit_count
-        self.whole = dict.fromkeys(program.inputs, False)
-        self.units = {slot: np.zeros(count, bool) for slot in program.inputs}
-        self._ids: dict[int, Ids] = {slot: np.zeros(1, int) for slot in program.inputs}
-        for step in program.steps:
+        inputs = self.program.inputs
+        self.whole = dict.fromkeys(inputs, False)
+        self.units = {slot: np.zeros(channels.unit_count, bool) for slot in inputs}
+        self._ids: dict[int, Ids] = {slot: np.zeros(1, int) for slot in inputs}
+        for step in self.program.steps:
             self._visit(step)
 
     def _read_kernels(self) -> None:
@@ -65,9 +65,8 @@ class Constants:
             layer = id(weight.layer)
             for table in (self._loud, self._made, self._mixed):
                 table.setdefault(layer, np.zeros(count, bool))
-            labelled = [a for a, ids in enumerate(weight.axes) if ids is not None]
-            makes = [a for a in labelled if not weight.reads[a]]
-            mixes = any(weight.reads) or len(labelled) > 1
+            makes = [a for a in weight.labelled if not weight.reads[a]]
+            mixes = any(weight.reads) or len(weight.labelled) > 1
             nonzero = keras.ops.convert_to_numpy(weight.variable) != 0 if weight.is_kernel else None
             if nonzero is not None and not nonzero.any() and type(weight.layer).__name__ in VIEWS:
                 self._silent.add(layer)
@@ -76,9 +75,8 @@ class Constants:
                 if mixes:
                     self._mixed[layer][ids] = True
                 if nonzero is not None:
-                    line = nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis))
                     self._made[layer][ids] = True
-                    self._loud[layer][ids[line]] = True
+                    self._loud[layer][ids[any_along(nonzero, axis)]] = True
 
     def _visit(self, step) -> None:
         layer, taken = id(step.operation), [slot for _, slot in step.takes]
@@ -176,11 +174,11 @@ class Reader:
         return [np.flatnonzero(ids == unit) for ids in self.site.ids(axis)[:, :, 0]]
 
 
-def fold_constants(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
+def fold_constants(constants: Constants, batch) -> tuple[keras.Model, list[str]]:
     """A model with the same outputs in which nothing reads constant units any more, as far as that is exact.
 
     Args:
-        channels: labels of a model.
+        constants: those of a model.
         batch: two different samples, in the structure of the model's inputs.
 
     Returns:
@@ -188,15 +186,14 @@ def fold_constants(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
         readers are zero, the readers' biases (or the running means behind them) hold what they contributed. Of
         several units whose readers pad with zeros one stays and stands for all.
     """
-    program = Program(channels.model)
-    constants = Constants(channels, program)
+    channels, program = constants.channels, constants.program
     if all(constants.whole[slot] for slot in program.outputs):
         warnings.warn(
             f"{channels.model.name}: its outputs are the same for every input, as zeros cut every way through "
             "it. Prune less, or let layers with a way around them (structure='layer') alone be pruned as a whole.",
             stacklevel=4,
         )
-    readers = _readers(channels, program, constants, batch)
+    readers = _readers(constants, batch)
     dead = set(dead_units(channels).tolist())  # those leave without our help
     read_by = {u: keys for u, keys in _read_by(channels, readers).items() if u not in dead}
     leaving = _leaving(readers, read_by)
@@ -226,9 +223,9 @@ def fold_constants(channels: Channels, batch) -> tuple[keras.Model, list[str]]:
     return model, notes + _left({u: r for u, r in read_by.items() if u not in done})
 
 
-def _readers(channels, program, constants, batch) -> dict[int, Reader]:
+def _readers(constants: Constants, batch) -> dict[int, Reader]:
     """Kernels, by number of their call, that read constant units, with the constants they read."""
-    sites = {}
+    channels, program, sites = constants.channels, constants.program, {}
     for site in sites_of(channels, program):
         slot = program.steps[site.steps[0]].takes[0][1] if program.steps[site.steps[0]].takes else None
         if len(site.steps) == 1 and not site.path and slot is not None and any(site.weight.reads):
@@ -265,22 +262,17 @@ def _read_by(channels: Channels, readers: dict[int, Reader]) -> dict[int, list[i
     barred = np.zeros(channels.unit_count, bool)
     of_weight = {id(reader.site.weight): key for key, reader in readers.items()}
     of_layer = {id(reader.site.weight.layer) for reader in readers.values()}
-    prunable = np.zeros(channels.unit_count, bool)
-    for group in channels.groups:
-        prunable[group.units] = True
+    prunable = channels.prunable()
     for weight in channels.weights:
-        labelled = [a for a, ids in enumerate(weight.axes) if ids is not None]
-        takes = [a for a in labelled if weight.reads[a]] or (labelled if len(labelled) > 1 else [])
-        for axis in takes:
+        for axis in weight.takes:
             ids = weight.axes[axis]
             key = of_weight.get(id(weight))
             if weight.name == "depthwise_kernel" and id(weight.layer) in of_layer:
                 continue  # its pointwise kernel answers for both
-            if key is None or len(takes) > 1:
+            if key is None or len(weight.takes) > 1:
                 if not weight.is_statistic:
                     nonzero = keras.ops.convert_to_numpy(weight.variable) != 0
-                    line = nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis))
-                    barred[ids[line]] = True
+                    barred[ids[any_along(nonzero, axis)]] = True
                 continue
             reader = readers[key]
             fixed = set(np.unique(reader.ids[reader.constant]).tolist())
@@ -357,10 +349,7 @@ def _take_over(program, reader: Reader, copy: _WithBias, gone: Ids, stand_ins: d
 
 def _intercept(program, site: Site):
     """(variable, sign) that takes a shift of a kernel's output: its bias, or the running mean right behind it."""
-    if site.bias is not None:
-        return site.bias, 1
-    norm = tail_of(program, site).norm
-    return None if norm is None else (norm.moving_mean, -1)
+    return intercept_of(site.bias, tail_of(program, site).norm)
 
 
 def _left(read_by: dict) -> list[str]:

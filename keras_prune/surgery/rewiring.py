@@ -18,6 +18,7 @@ import numpy as np
 from keras import layers, ops
 
 from keras_prune.linear import padding_of
+from keras_prune.surgery.zeros import any_along
 
 CONVOLUTIONS = ("Conv1D", "Conv2D", "Conv3D")
 DEPTHWISE = ("DepthwiseConv1D", "DepthwiseConv2D", "SeparableConv1D", "SeparableConv2D")
@@ -143,10 +144,7 @@ def candidates(layer, tensors) -> list[Rewiring]:
     lengths = [_lengths(layer, tensor) for tensor in tensors]
     whole = tuple((0, k) for k in layer.kernel_size)
     start = Rewiring(layer, kernel, whole, layer.padding)
-    border = tuple(
-        _span(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)), layer, axis, lengths)
-        for axis in range(rank)
-    )
+    border = tuple(_span(any_along(nonzero, axis), layer, axis, lengths) for axis in range(rank))
     options = []
     if border != whole:
         share = math.prod(b - a for a, b in border) / math.prod(layer.kernel_size)
@@ -218,7 +216,7 @@ def _mode_fits(wanted: Rewiring, axis: int, mode: str, needed: dict) -> bool:
 def _with_inputs(base: Rewiring, nonzero: np.ndarray) -> list[Rewiring]:
     """A gather of the channels that the kernel reads."""
     axis = nonzero.ndim - 2
-    read = np.flatnonzero(nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis)))
+    read = np.flatnonzero(any_along(nonzero, axis))
     read = read if read.size else np.zeros(1, int)
     if len(read) == nonzero.shape[axis]:
         return []

@@ -13,7 +13,7 @@ from keras_prune import metrics
 from keras_prune.channels import Channels
 from keras_prune.internals import inputs_of, layers_of, seeds_of
 from keras_prune.surgery.branches import can_vanish, drop_constant_branches
-from keras_prune.surgery.constants import fold_constants
+from keras_prune.surgery.constants import Constants, fold_constants
 from keras_prune.surgery.cutting import cut
 from keras_prune.surgery.kernels import smaller_kernels
 from keras_prune.surgery.settling import settle, structures_left
@@ -149,12 +149,15 @@ def strip(
 
 def _reduced(channels: Channels, probe, rewire, latency) -> tuple[keras.Model, int, list[str]]:
     """(the small model, number of units cut, notes) of a plain model; `probe` is two samples."""
-    notes: list[str] = []
-    for simplify in (drop_constant_branches, fold_constants):
-        simpler, done = simplify(channels, probe)
-        notes += done
-        if simpler is not channels.model:
-            channels = Channels(simpler)
+    constants = Constants(channels)
+    simpler, notes = drop_constant_branches(constants, probe)
+    if simpler is not channels.model:
+        channels = Channels(simpler)
+        constants = Constants(channels)
+    simpler, done = fold_constants(constants, probe)
+    notes += done
+    if simpler is not channels.model:
+        channels = Channels(simpler)
     removed = dead_units(channels, may_vanish=lambda units: can_vanish(channels, units))
     small, done = smaller_kernels(cut(channels, removed), rewire, latency)
     notes += done

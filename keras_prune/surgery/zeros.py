@@ -64,9 +64,7 @@ def dead_units(
         may_vanish: (units, of which some are whole groups) -> whether the network can do without all of them. By
             default a group never loses its last unit; its first one then stays, with its zeros.
     """
-    prunable = np.zeros(channels.unit_count, bool)
-    for group in channels.groups:
-        prunable[group.units] = True
+    prunable = channels.prunable()
     entries = list(_nonzeros(channels))
     dead = np.zeros(channels.unit_count, bool)
     needed: set[int] = set()  # groups that cannot vanish after all, once others have
@@ -90,7 +88,7 @@ def dead_units(
 def _nonzeros(channels: Channels) -> Iterator[tuple[Weight, np.ndarray, np.ndarray]]:
     """(weight, where it is not zero, where that counts for what it reads) of all weights that carry a message."""
     for weight in channels.weights:
-        if weight.is_statistic or all(ids is None for ids in weight.axes):
+        if weight.is_statistic or not weight.labelled:
             continue
         nonzero = read = keras.ops.convert_to_numpy(weight.variable) != 0
         # Of a separable convolution an input is read if both of its kernels have something there.
@@ -106,10 +104,7 @@ def _dead(channels: Channels, entries, gone: np.ndarray, strict: bool) -> np.nda
     """Dead units, shape (unit_count,), when the slices of the units that are `gone` do not count."""
     seen, busy, made, made_busy, read, read_busy = (np.zeros(channels.unit_count, bool) for _ in range(6))
     for weight, nonzero, as_read in entries:
-        labelled = [a for a, ids in enumerate(weight.axes) if ids is not None]
-        takes = [a for a in labelled if weight.reads[a]]
-        if not takes and len(labelled) > 1:  # a recurrent kernel makes and reads the same units
-            takes = labelled
+        labelled, takes = weight.labelled, weight.takes
         for axis in labelled:
             ids = weight.axes[axis]
             others = [a for a in labelled if a != axis]
@@ -136,4 +131,9 @@ def _any_alive(nonzero: np.ndarray, weight: Weight, axis: int, others: list[int]
         leaves = gone[weight.axes[other]]
         if leaves.any():
             nonzero = nonzero & ~leaves.reshape([-1 if a == other else 1 for a in range(nonzero.ndim)])
-    return nonzero.any(axis=tuple(a for a in range(nonzero.ndim) if a != axis))
+    return any_along(nonzero, axis)
+
+
+def any_along(array: np.ndarray, axis: int) -> np.ndarray:
+    """Shape (length of the axis,): whether a slice holds anything."""
+    return array.any(axis=tuple(a for a in range(array.ndim) if a != axis))
