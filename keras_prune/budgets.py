@@ -7,9 +7,12 @@ the answer is a list of boolean arrays, True = leaves. More amount never brings 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 
 import numpy as np
+
+from keras_prune.theory import expected_distinct
 
 SPARED = 0.1
 """Fraction of each group that the global budget takes only when nothing else is left: an emptied layer cuts the
@@ -47,6 +50,48 @@ def global_(scores: list[np.ndarray], amount: float) -> list[np.ndarray]:
     return np.split(leaves, np.cumsum(sizes)[:-1])
 
 
+def error_bound(scores: list[np.ndarray], amount: float, logarithms: Sequence[float] | None = None) -> list[np.ndarray]:
+    """Widths that give every layer the same error bound: as many units as its sampled form would be expected to draw.
+
+    To keep all sums of layer l within the same relative error, m_l = c S_l log_l draws are needed, S_l the sum of its
+    scores, with one scalar c for all layers; so many draws with the probabilities scores / S_l give some number of
+    different units on average, and that many stay, those of the highest scores. Of equal sums, a layer whose scores
+    are concentrated on few units keeps fewer.
+
+    [Liebenwein et al. 2020, arXiv:1911.07412, allocation as in the authors' code; their constants only scale c]
+
+    Args:
+        scores: per group, from 0 up; -inf for units that are gone.
+        amount: 0 keeps all (c is infinite), 1 keeps one unit of each group (c = 0).
+        logarithms: log_l per group, ln(8 (positions + 1) taps / delta); default: all equal.
+
+    Raises:
+        ValueError: negative scores, which are no probabilities.
+
+    >>> even, uneven = np.full(8, 0.5), np.array([3.86, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02])
+    >>> [int((~r).sum()) for r in error_bound([even, uneven], 0.4)]
+    [6, 2]
+    """
+    c = math.inf if amount <= 0 else (1 / amount - 1) ** 2
+    return [_lowest(s, len(s) - _expected(s, c * log)) for s, log in zip(scores, logarithms or [1.0] * len(scores))]
+
+
+def _expected(scores: np.ndarray, scale: float) -> int:
+    """How many different units `scale` x (sum of the scores) draws give on average, at least one."""
+    if (np.isfinite(scores) & (scores < 0)).any():
+        raise ValueError(
+            f"budget='error_bound' was given scores from {scores.min():.3g} on; expected numbers from 0 up, which "
+            "become probabilities when they are divided by their sum. Use budget='global' for this criterion."
+        )
+    if math.isinf(scale):
+        return len(scores)
+    there = np.where(np.isfinite(scores), scores, 0.0)
+    total = float(there.sum())
+    if total == 0:
+        return 1
+    return max(1, math.ceil(expected_distinct(there / total, math.ceil(scale * total)) - 1e-9))
+
+
 def _lowest(scores: np.ndarray, n: int) -> np.ndarray:
     leaves = np.zeros(len(scores), bool)
     # By rank, never by a threshold: with ties exactly n leave.
@@ -54,7 +99,7 @@ def _lowest(scores: np.ndarray, n: int) -> np.ndarray:
     return leaves
 
 
-BUDGETS: dict[str, Budget] = {"uniform": uniform, "global": global_}
+BUDGETS: dict[str, Budget] = {"uniform": uniform, "global": global_, "error_bound": error_bound}
 
 
 def get(budget: str | Budget) -> Budget:

@@ -6,23 +6,24 @@
 from __future__ import annotations
 
 import fnmatch
+import functools
 import json
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import keras
 import numpy as np
 
-from keras_prune import budgets, criteria, metrics, schedules
+from keras_prune import budgets, criteria, metrics, schedules, theory
 from keras_prune.channels import Channels, Group
 from keras_prune.internals import layers_of
-from keras_prune.probes import gradient_times_weight, unlabelled
+from keras_prune.probes import unlabelled
 from keras_prune.reconstruction import reconstruct as reconstructed
 from keras_prune.rules import Fence, Ids
-from keras_prune.sensitivity import sensitivities
-from keras_prune.surgeon import curves
-from keras_prune.surgery import check_finite, cut, dead_units, zeroed
+from keras_prune.scoring import READERS, scores_of_readers, scores_of_rows
+from keras_prune.sensitivity import logarithms
+from keras_prune.surgery import check_finite, cut, dead_units, reweighed, zeroed
 from keras_prune.widths import Choice
 
 
@@ -57,6 +58,7 @@ class Plan:
         totals: measure -> (before, after); params, MACs, bytes of activations.
         fences: layers across which nothing is removed, and why.
         notes: whatever else a reader should know.
+        drawn: of groups whose units were drawn, by group index: what reads them is multiplied.
     """
 
     sentence: str
@@ -70,16 +72,27 @@ class Plan:
     removed: Ids = field(repr=False)
     channels: Channels = field(repr=False)
     data: object = field(default=None, repr=False)  # inputs to reconstruct with, if that was asked for
+    drawn: dict[int, theory.Draw] = field(default_factory=dict, repr=False)
+
+    def multipliers(self) -> np.ndarray:
+        """By what the kernels that read a unit are multiplied, shape (unit_count,): 0 = it leaves."""
+        found = self.channels.alive(self.removed).astype(float)
+        for k, draw in self.drawn.items():
+            found[self.channels.groups[k].units] = draw.multipliers
+        return found
 
     def cut(self) -> keras.Model:
         """The small model; its weights refitted to the original's values if the plan says so."""
         if self.data is not None:
             return reconstructed(self.channels, self.removed, self.data)
-        return cut(self.channels, self.removed)
+        return cut(self._weighed(), self.removed)
 
     def zero(self) -> keras.Model:
         """A zeroed copy of the model, of the old size: what the small one has to equal."""
-        return zeroed(self.channels, self.removed)
+        return zeroed(self._weighed(), self.removed)
+
+    def _weighed(self) -> Channels:
+        return Channels(reweighed(self.channels, self.multipliers())) if self.drawn else self.channels
 
     def to_json(self) -> str:
         """All of it but the ids, as JSON."""
@@ -147,6 +160,8 @@ def plan(
     protect: Sequence[str | keras.layers.Layer] = (),
     data=None,
     reconstruct: bool = False,
+    mode: str = "deterministic",
+    delta: float = 1e-16,
     seed: int | None = None,
     already: Ids | None = None,
 ) -> Plan:
@@ -158,7 +173,8 @@ def plan(
         measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
         criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor", "obs" and "pfp" (these three need
             `data`), or a function (units, features) -> (units,).
-        budget: "global", "uniform", or a function (scores, amount) -> removed.
+        budget: "global", "uniform", "error_bound" (every layer gets the same error bound: `budgets.error_bound`), or a
+            function (scores, amount) -> removed.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
             layer is often slower.
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
@@ -166,7 +182,12 @@ def plan(
             and `reconstruct`, as the model takes them.
         reconstruct: let `cut()` refit the remaining weights to the original network's values on `data`, after
             whichever criterion: no labels, no training.
-        seed: for "random".
+        mode: "deterministic", the units with the highest scores stay; "random" and "mixed", for "pfp": units are drawn
+            with probabilities in proportion to their scores, and what reads a drawn unit is multiplied so that all
+            sums stay what they were on average (`theory.draw`). Widths are then as many as happened to be drawn.
+        delta: accepted probability of failure: of "pfp", which takes as many of the samples as `sample_size` says, and
+            of "error_bound".
+        seed: for "random", as a criterion and as a mode.
         already: ids of units that are removed in any case (pruning goes on where it stopped); they count as removed.
             Default: those whose weights are all zero in the model.
 
@@ -192,30 +213,37 @@ def plan(
             "This model has nothing to prune: "
             + ("; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs.")
         )
+    _check_mode(mode, delta, criterion, reconstruct)
     by_readers = isinstance(criterion, str) and criterion in READERS
     inputs = unlabelled(channels.model, data) if reconstruct or by_readers else None
     reasons = protected(channels, protect)
     already = dead_units(channels, strict=True) if already is None else already
     alive = channels.alive(already)
     if by_readers:
-        scores = _reader_scores(channels, criterion, inputs, reasons, alive)
+        scores, samples = scores_of_readers(channels, criterion, inputs, delta, reasons, alive)
     else:
-        scores = _scores(channels, criterion, criterion_function, data, reasons, alive)
+        scores = scores_of_rows(channels, criterion, criterion_function, data, reasons, alive)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(
             f"Nothing is left to prune with protect={list(protect)!r}: {'; '.join(dict.fromkeys(reasons.values()))}."
         )
     free_scores = [scores[g.index] for g in free]
+    if budget == "error_bound":
+        budget_function = functools.partial(budgets.error_bound, logarithms=logarithms(channels, free, delta))
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
-    reached = choice.sparsity(counts)
+    drawn = {} if mode == "deterministic" else choice.drawn(counts, mode, seed)
+    removed = choice.removed(counts, drawn)
+    reached = 1 - float(measure_function(channels, removed)) / choice.total
     what, by, how = (name_of(x) for x in (measure, criterion, budget))
+    by += f" on {samples:,} samples" if by_readers else ""
     refitted = f", refitted on {len(keras.tree.flatten(inputs)[0]):,} samples" if reconstruct else ""
     return described(
         channels,
-        choice.removed(counts),
+        removed,
         sentence=f"remove {sparsity:.0%} of the {what}, by {by}, {how} budget, widths in multiples of {round_to}"
+        + (f", units drawn ({mode}): widths as they came" if drawn else "")
         + refitted,
         asked=float(sparsity),
         reached=reached,
@@ -225,10 +253,26 @@ def plan(
         notes=choice.explain(sparsity, reached, largest),
         measures=[measure],
         data=inputs if reconstruct else None,
+        drawn=drawn,
     )
 
 
-def described(channels: Channels, removed: Ids, *, scores, reasons, notes, measures, data=None, **said) -> Plan:
+def _check_mode(mode, delta, criterion, reconstruct: bool) -> None:
+    if mode not in theory.MODES:
+        raise ValueError(f"mode={mode!r} was passed to plan; known: {', '.join(theory.MODES)}.")
+    if not isinstance(delta, numbers.Real) or not 0 < delta < 1:
+        raise ValueError(f"delta={delta!r} was passed to plan; expected a probability above 0 and below 1, as 1e-16.")
+    if mode != "deterministic" and (criterion != "pfp" or reconstruct):
+        what = f"criterion={name_of(criterion)!r}" if criterion != "pfp" else "reconstruct=True"
+        raise ValueError(
+            f"mode={mode!r} was passed to plan with {what}: units are drawn with the probabilities that "
+            "criterion='pfp' gives them, and the weights that read them are set by the draw. Use mode='deterministic'."
+        )
+
+
+def described(
+    channels: Channels, removed: Ids, *, scores, reasons, notes, measures, data=None, drawn=None, **said
+) -> Plan:
     """The Plan that removes these units, with its tables.
 
     Args:
@@ -236,6 +280,7 @@ def described(channels: Channels, removed: Ids, *, scores, reasons, notes, measu
         notes: what there is to say besides.
         measures: names or functions; totals of functions stand beside those of params, MACs and memory.
         data: inputs to reconstruct with, or None.
+        drawn: as in Plan.
         said: `sentence`, `asked`, `reached`, `largest`.
     """
     notes = list(notes)
@@ -255,6 +300,7 @@ def described(channels: Channels, removed: Ids, *, scores, reasons, notes, measu
         removed=removed,
         channels=channels,
         data=data,
+        drawn=drawn or {},
     )
 
 
@@ -309,78 +355,3 @@ def protected(channels: Channels, protect) -> dict[int, str]:
         for group in channels.groups
         if any(not m.reads and id(m.weight.layer) in chosen for m in group.members)
     }
-
-
-def _scores(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:
-    """Scores per group index, -inf for units that are gone. Groups that cannot be scored are added to `reasons`."""
-    shadows = gradient_times_weight(channels, data) if name == "taylor" else None
-    scores = {}
-    for group in channels.groups:
-        if group.index in reasons:
-            continue
-        blocks = _blocks(channels, group, name, shadows)
-        if not blocks:
-            reasons[group.index] = f"has nothing for {name} to score"
-            continue
-        here = alive[group.units]
-        if not here.any():
-            reasons[group.index] = "is gone already"
-            continue
-        scores[group.index] = np.full(len(group), -np.inf)
-        scores[group.index][here] = np.mean(
-            [_normalised(function(rows[here]), group, int(here.sum())) for rows in blocks], axis=0
-        )
-    if not scores and len(reasons) == len(channels.groups) and name in criteria.SCALES:
-        raise ValueError(
-            "criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
-            "Use criterion='l2'."
-        )
-    return scores
-
-
-def _reader_scores(channels, name, inputs, reasons: dict, alive) -> dict[int, np.ndarray]:
-    """The same for criteria whose scores come from what reads the units."""
-    groups = [g for g in channels.groups if g.index not in reasons and alive[g.units].any()]
-    found, unknown = READERS[name](channels, inputs, groups)
-    reasons.update({g.index: "is gone already" for g in channels.groups if not alive[g.units].any()})
-    reasons.update(unknown)
-    return {k: np.where(alive[channels.groups[k].units], scores, -np.inf) for k, scores in found.items()}
-
-
-def _by_surgeon(channels, inputs, groups):
-    found, unknown = curves(channels, inputs, groups=groups)
-    return {k: curve.scores() for k, curve in found.items()}, unknown
-
-
-def _by_sensitivity(channels, inputs, groups):
-    found = sensitivities(channels, inputs, groups=groups)
-    return {k: sensitivity.ranking() for k, sensitivity in found.groups.items()}, found.notes
-
-
-READERS = {"obs": _by_surgeon, "pfp": _by_sensitivity}
-"""Criteria that look at what reads the units: (channels, inputs, groups) -> scores and reasons, by group index."""
-
-
-def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]:
-    """The rows a criterion looks at, one block per producer."""
-    if name in criteria.SCALES and isinstance(name, str):
-        scales = [m for m in group.members if m.weight.name == "gamma"]
-        return channels.blocks(group, members=scales) if scales else []
-    if shadows is None:
-        return channels.blocks(group)
-    known = [m for m in group.producers if id(m.weight.variable) in shadows[0]]
-    per_batch = [channels.blocks(group, shadow, known) for shadow in shadows] if known else []
-    return [np.stack([b[k].sum(axis=1) for b in per_batch], axis=1) for k in range(len(known))]
-
-
-def _normalised(scores, group: Group, n: int) -> np.ndarray:
-    """Scores divided by their mean, so that groups and producers of different scale can be compared."""
-    scores = np.asarray(scores, np.float64)
-    if scores.shape != (n,):
-        raise ValueError(
-            f"The criterion returned shape {scores.shape} for group {group.name}; expected ({n},): one score per unit."
-        )
-    if not np.isfinite(scores).all():
-        raise ValueError(f"The criterion returned NaN or infinite scores for group {group.name}.")
-    mean = np.abs(scores).mean()
-    return scores / mean if mean > 0 else scores

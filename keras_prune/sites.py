@@ -127,6 +127,23 @@ def unmeasured(channels: Channels, group: Group, sites: list[Site]) -> str:
     return ""
 
 
+def applications(channels: Channels) -> dict[int, int]:
+    """How often a kernel is applied to one sample, in all its calls together, by id of the variable: the positions
+    of a convolution's output (of a transposed one's input), 1 of a Dense layer on a vector."""
+    found: dict[int, int] = {}
+    for term in channels.terms:
+        if term.kernel is not None:
+            found[id(term.kernel)] = found.get(id(term.kernel), 0) + term.factor
+    return found
+
+
+def neurons(channels: Channels, sites: list[Site]) -> tuple[int, int]:
+    """(numbers that all kernels make of one sample, those of the kernel that makes most)."""
+    times = applications(channels)
+    made = [times[id(site.kernel)] * site.shape[0] * site.shape[2] for site in sites]
+    return sum(made), max(made, default=0)
+
+
 @dataclass(frozen=True)
 class Tail:
     """What a kernel's output goes through before it is mixed again.

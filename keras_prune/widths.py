@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 
+from keras_prune import theory
 from keras_prune.groups import Group
 from keras_prune.rules import Ids
 
@@ -42,9 +43,22 @@ class Choice:
             kept.append(min(self.whole[k], len(group) if rounded >= len(group) else max(rounded, self.least(group))))
         return kept
 
-    def removed(self, counts: list[int]) -> Ids:
-        parts = [g.units[o[: len(g) - n]] for g, o, n in zip(self.groups, self.orders, counts)]
+    def removed(self, counts: list[int], drawn: dict[int, theory.Draw] | None = None) -> Ids:
+        """Those of the lowest scores, and where units were drawn, those that were not."""
+        parts = [
+            g.units[drawn[g.index].multipliers == 0] if drawn and g.index in drawn else g.units[o[: len(g) - n]]
+            for g, o, n in zip(self.groups, self.orders, counts)
+        ]
         return np.union1d(np.concatenate(parts), self.already).astype(int)
+
+    def drawn(self, counts: list[int], mode: str, seed: int | None) -> dict[int, theory.Draw]:
+        """By group index, draws that give so many units on average, of all groups that have to lose some."""
+        rng, found = np.random.default_rng(seed), {}
+        for group, scores, whole, count in zip(self.groups, self.scores, self.whole, counts):
+            weights = np.where(np.isfinite(scores), scores, 0.0)
+            if count < whole and count < np.count_nonzero(weights):  # else the units that say nothing leave
+                found[group.index] = theory.draw(weights / weights.sum(), count, mode, rng)
+        return found
 
     def sparsity(self, counts: list[int]) -> float:
         return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total

@@ -296,7 +296,7 @@ def test_diverged_training_is_named_instead_of_pruned():
         (dict(unit="step"), "'batch', 'epoch'"),
         (dict(criterion="l3"), "Known: bn_scale"),
         (dict(measure="flops"), "Known: macs"),
-        (dict(budget="x"), "Known: global"),
+        (dict(budget="x"), "Known: error_bound, global"),
     ],
 )
 def test_bad_arguments_fail_before_training(arguments, message):

@@ -1,6 +1,6 @@
 """Zero, cut, strip: write zeros, build the smaller model, cut what is zero."""
 
-from keras_prune.surgery.cutting import copied, cut, cut_with_twins, zeroed
+from keras_prune.surgery.cutting import copied, cut, cut_with_twins, reweighed, zeroed
 from keras_prune.surgery.kernels import smaller_kernels
 from keras_prune.surgery.settling import psp_layers, settle, structures_left
 from keras_prune.surgery.stripping import (
@@ -12,7 +12,7 @@ from keras_prune.surgery.stripping import (
     relative_difference,
     strip,
 )
-from keras_prune.surgery.zeros import dead_units, write_zeros, zero, zero_masks
+from keras_prune.surgery.zeros import dead_units, reader_factors, write_zeros, zero, zero_masks
 
 __all__ = [
     "StripReport",
@@ -25,7 +25,9 @@ __all__ = [
     "dead_units",
     "model_inputs",
     "psp_layers",
+    "reader_factors",
     "relative_difference",
+    "reweighed",
     "settle",
     "smaller_kernels",
     "structures_left",

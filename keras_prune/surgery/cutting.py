@@ -9,7 +9,7 @@ from keras_prune.channels import Channels
 from keras_prune.rules import Ids
 from keras_prune.surgery.branches import can_vanish, is_absent
 from keras_prune.surgery.rebuilding import Rebuild
-from keras_prune.surgery.zeros import write_zeros, zero_masks
+from keras_prune.surgery.zeros import reader_factors, write_zeros, zero_masks
 
 
 def cut(channels: Channels, removed: Ids) -> keras.Model:
@@ -44,6 +44,20 @@ def zeroed(channels: Channels, removed: Ids) -> keras.Model:
     copy, twins = copied(channels)
     for weight, mask in zero_masks(channels, removed):
         write_zeros(twins[id(weight.variable)], mask)
+    return copy
+
+
+def reweighed(channels: Channels, multipliers: np.ndarray) -> keras.Model:
+    """A copy of the model in which every kernel multiplies what it reads.
+
+    Args:
+        channels: labels of the model.
+        multipliers: of every unit, shape (unit_count,).
+    """
+    copy, twins = copied(channels)
+    for weight, factor in reader_factors(channels, multipliers):
+        twin = twins[id(weight.variable)]
+        twin.assign(keras.ops.convert_to_numpy(twin) * factor)
     return copy
 
 

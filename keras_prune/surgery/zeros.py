@@ -49,6 +49,24 @@ def write_zeros(variable: keras.Variable, mask: np.ndarray) -> None:
     variable.assign(np.where(mask, value, 0).astype(value.dtype))
 
 
+def reader_factors(channels: Channels, multipliers: np.ndarray) -> Iterator[tuple[Weight, np.ndarray]]:
+    """(weight, array that its variable is multiplied by, broadcast over its other axes) of the kernels that read units
+    whose multiplier is not 1.
+
+    Args:
+        channels: labels of the model.
+        multipliers: of every unit, shape (unit_count,).
+    """
+    for weight in channels.weights:
+        if not weight.is_kernel or weight.name == "depthwise_kernel":  # its pointwise kernel reads the same units
+            continue
+        for axis in weight.labelled:
+            factors = multipliers[weight.axes[axis]]
+            if weight.reads[axis] and (factors != 1).any():
+                shape = [-1 if a == axis else 1 for a in range(len(weight.axes))]
+                yield weight, factors.reshape(shape).astype("float32")
+
+
 def dead_units(
     channels: Channels, strict: bool = False, may_vanish: Callable[[Ids], bool] = lambda units: False
 ) -> Ids:

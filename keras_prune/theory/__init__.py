@@ -1,8 +1,11 @@
 """What can be proved about pruning, as formulas of numpy alone: sampled channels, perturbed weights."""
 
 from keras_prune.theory.sampling import (
+    MODES,
+    Draw,
     bernstein_certificate,
     bernstein_draws,
+    draw,
     draws_for,
     expected_distinct,
     multipliers,
@@ -10,8 +13,11 @@ from keras_prune.theory.sampling import (
 )
 
 __all__ = [
+    "MODES",
+    "Draw",
     "bernstein_certificate",
     "bernstein_draws",
+    "draw",
     "draws_for",
     "expected_distinct",
     "multipliers",

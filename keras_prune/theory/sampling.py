@@ -14,8 +14,28 @@ from __future__ import annotations
 
 import math
 import numbers
+from dataclasses import dataclass
 
 import numpy as np
+
+MODES = ("deterministic", "random", "mixed")
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Channels that were drawn, and what the weights that read them are multiplied by.
+
+    Attributes:
+        probabilities: with which each channel was drawn, shape (channels,); 0 for those that were kept without.
+        sure: shape (channels,), True for those that were kept without drawing, with the multiplier 1.
+        draws: how many draws there were, m.
+        multipliers: shape (channels,): 0 = not drawn, it leaves; on average 1.
+    """
+
+    probabilities: np.ndarray
+    sure: np.ndarray
+    draws: int
+    multipliers: np.ndarray
 
 
 def sample_size(neurons: int, largest: int, delta: float = 1e-16, *, c: float = 3.0) -> int:
@@ -124,6 +144,41 @@ def multipliers(probabilities: np.ndarray, counts: np.ndarray) -> np.ndarray:
             "least one above 0, and 0 where the probability is 0."
         )
     return np.divide(c, c.sum() * p, out=np.zeros_like(p), where=p > 0)
+
+
+def draw(
+    probabilities: np.ndarray, distinct: int, mode: str = "random", rng: np.random.Generator | None = None
+) -> Draw:
+    """Draw channels with replacement, so that about `distinct` different ones stay, 1 <= distinct < channels.
+
+    Args:
+        probabilities: p, shape (channels,), sum 1.
+        distinct: how many different ones are wanted; so many are expected, more or fewer may come.
+        mode: "random", all are drawn; "mixed", those that m draws would give at least once on average (m p_j >= 1)
+            stay in any case, at most all but one of what is wanted, and only the others are drawn.
+        rng: where the draws come from.
+
+    Source:
+        the authors' code: classes PFPNetRand and PFPNetTop. Both leave every sum unbiased.
+
+    >>> p, rng = np.array([0.7, 0.1, 0.1, 0.1]), np.random.default_rng(0)
+    >>> mixed = draw(p, 2, "mixed", rng)
+    >>> mixed.sure.tolist(), mixed.draws, sorted(mixed.multipliers.round(6).tolist())
+    ([True, False, False, False], 1, [0.0, 0.0, 1.0, 3.0])
+    """
+    if mode not in MODES[1:]:
+        raise ValueError(f"mode={mode!r} was passed to draw; known: {', '.join(MODES[1:])}.")
+    p = _distribution("draw", probabilities)
+    _whole("draw", distinct=distinct)
+    rng = rng or np.random.default_rng()
+    sure = np.zeros(len(p), bool)
+    if mode == "mixed":
+        likely = np.argsort(-p, kind="stable")[: distinct - 1]
+        sure[likely[p[likely] * draws_for(p, distinct) >= 1]] = True
+    q = np.where(sure, 0.0, p)
+    q /= q.sum()
+    m = draws_for(q, distinct - int(sure.sum()))
+    return Draw(q, sure, m, np.where(sure, 1.0, multipliers(q, rng.multinomial(m, q))))
 
 
 def bernstein_draws(epsilon: float, sensitivity: float, delta: float = 1e-2, *, events: int = 1, k: float = 3.0) -> int:
