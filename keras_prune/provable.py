@@ -1,0 +1,208 @@
+"""Prune, retrain, prune again: Provable Filter Pruning as a callback, and the fractions it keeps in each round."""
+
+from __future__ import annotations
+
+import json
+import math
+import numbers
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import keras
+
+from keras_prune import budgets, metrics, schedules
+from keras_prune.files import check_writable
+from keras_prune.internals import variables_of
+from keras_prune.planning import Plan, plan
+from keras_prune.pruners import FilterPruning
+from keras_prune.surgery import reader_factors, zero_masks
+
+
+def harmonic(least: float = 0.05) -> tuple[float, ...]:
+    """1/2, 1/3, 1/4, ... down to `least`.
+
+    >>> [round(k, 2) for k in harmonic(0.2)]
+    [0.5, 0.33, 0.25, 0.2]
+    """
+    _check_keep("harmonic", least)
+    return tuple(1 / n for n in range(2, math.floor(1 / least + 1e-9) + 1)) or (least,)
+
+
+def geometric(first: float, last: float, rounds: int) -> tuple[float, ...]:
+    """From `first` to `last`, each round keeping the same fraction of the one before.
+
+    >>> [round(k, 3) for k in geometric(0.8, 0.1, 4)]
+    [0.8, 0.4, 0.2, 0.1]
+    """
+    _check_keep("geometric", first, last, rounds=rounds)
+    return tuple(first * (last / first) ** (n / max(rounds - 1, 1)) for n in range(rounds))
+
+
+def linear(first: float, last: float, rounds: int) -> tuple[float, ...]:
+    """From `first` to `last` in equal steps.
+
+    >>> [round(k, 3) for k in linear(0.9, 0.6, 4)]
+    [0.9, 0.8, 0.7, 0.6]
+    """
+    _check_keep("linear", first, last, rounds=rounds)
+    return tuple(first + (last - first) * n / max(rounds - 1, 1) for n in range(rounds))
+
+
+def _check_keep(function: str, *kept: float, rounds: int = 1) -> None:
+    falls = all(a >= b for a, b in zip(kept, kept[1:]))
+    if not all(isinstance(k, numbers.Real) and 0 < k <= 1 for k in kept) or not falls:
+        raise ValueError(
+            f"{', '.join(map(str, kept))} was passed to {function}; expected fractions that are kept, above 0 and at "
+            "most 1, none larger than the one before it."
+        )
+    if isinstance(rounds, bool) or not isinstance(rounds, numbers.Integral) or rounds < 1:
+        raise ValueError(f"rounds={rounds!r} was passed to {function}; expected a whole number from 1 up.")
+
+
+class ProvablePruning(FilterPruning):
+    """Provable Filter Pruning in rounds: prune by sensitivity, retrain, prune what is left, retrain, ...
+
+    [Liebenwein, Baykal, Lang, Feldman, Rus: Provable Filter Pruning for Efficient Neural Networks, ICLR 2020,
+    arXiv:1911.07412] Each round starts from the retrained weights of the one before. The number of epochs of `fit` is
+    rounds x `retrain`; `strip(model)` afterwards gives the small network.
+
+    Args:
+        keep: the fraction of `measure` kept in each round, falling, such as (0.8, 0.6, 0.5) or
+            `provable.geometric(0.85, 0.15, rounds=10)`; a number is one round.
+        data: unlabelled inputs, shape (samples, ...), of which as many are used as `sample_size` says.
+        retrain: epochs of each round.
+        measure, budget, round_to, protect, mode, delta, seed: as for `keras_prune.plan`.
+        restart: begin each round with a fresh optimizer: no momenta, and step 0 of a schedule of learning rates that
+            the optimizer has (`keras.optimizers.schedules`). For a rate by epoch give fit
+            `keras.callbacks.LearningRateScheduler(lambda epoch: rate(epoch % retrain))`.
+        validation_data: (x, y) or a data set to measure the network on right after each pruning.
+        path: a .json file that the curve is written to after every epoch. A run that is killed and restored
+            (keras.callbacks.BackupAndRestore) goes on with it.
+
+    Attributes:
+        curve: one entry per round, a dictionary: `round`, `epoch`, `keep` (asked), `sparsity` (reached), `params`,
+            `macs`, `pruned` (loss and metrics right after pruning) and `retrained` (the logs of its last epoch).
+            `reports.plot_curve` draws it.
+        plan: the Plan of the last round; None before the first.
+
+    Logs:
+        As FilterPruning: `sparsity`, `params`, `macs`.
+
+    Example:
+        >>> pruner = ProvablePruning((0.7, 0.5), data=x, retrain=5)         # doctest: +SKIP
+        >>> model.fit(x, y, epochs=10, callbacks=[pruner])                 # doctest: +SKIP
+        >>> print(certify(pruner.plan, x))                                 # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        keep: float | Sequence[float] = 0.5,
+        *,
+        data,
+        retrain: int = 1,
+        measure: str | metrics.Measure = "params",
+        budget: str | budgets.Budget = "error_bound",
+        round_to: int = 8,
+        mode: str = "deterministic",
+        delta: float = 1e-16,
+        restart: bool = False,
+        protect: Sequence = (),
+        validation_data=None,
+        path: str | Path | None = None,
+        seed: int | None = None,
+    ):
+        keeps = (keep,) if isinstance(keep, numbers.Real) else tuple(keep)
+        _check_keep(type(self).__name__, *keeps, rounds=len(keeps))
+        if isinstance(retrain, bool) or not isinstance(retrain, numbers.Integral) or retrain < 1:
+            raise ValueError(
+                f"retrain={retrain!r} was passed to ProvablePruning; expected epochs per round, from 1 up."
+            )
+        if path is not None:
+            check_writable(str(path))
+        super().__init__(
+            schedules.steps({n * int(retrain): 1 - float(k) for n, k in enumerate(keeps)}),
+            measure=measure,
+            criterion="pfp",
+            budget=budget,
+            round_to=round_to,
+            every=int(retrain),
+            protect=protect,
+            data=data,
+            seed=seed,
+        )
+        self.arguments.update(mode=mode, delta=delta)
+        self.retrain, self.restart = int(retrain), restart
+        self.validation_data, self.path = validation_data, path
+        self.plan: Plan | None = None
+        self.curve: list[dict] = []
+
+    def begin(self) -> None:
+        super().begin()
+        self.curve, self.plan = [], None
+
+    def masks(self, step: int):
+        if self._starts_round(step):
+            self.plan = plan(self.channels, self.schedule(step), already=self.removed, **self.arguments)
+            self.removed = self.plan.removed
+            if self.plan.drawn:
+                for weight, factor in reader_factors(self.channels, self.plan.multipliers()):
+                    weight.variable.assign(keras.ops.convert_to_numpy(weight.variable) * factor)
+        return [(weight.variable, mask) for weight, mask in zero_masks(self.channels, self.removed)]
+
+    def prune(self, step: int) -> None:
+        super().prune(step)
+        if not self.curve and step > 0:
+            self.curve = self._read_back(step)
+        if not self._starts_round(step):  # a restored run may begin within one
+            return
+        if self.restart:
+            _restart(self.model.optimizer)
+        self.curve.append(
+            {
+                "round": step // self.retrain,
+                "epoch": step,
+                "keep": 1 - self.schedule(step),
+                **self.figures(),
+                "pruned": self._measured(),
+                "retrained": {},
+            }
+        )
+
+    def on_epoch_end(self, epoch, logs=None):
+        super().on_epoch_end(epoch, logs)
+        if self.curve:
+            self.curve[-1]["retrained"] = {name: float(value) for name, value in (logs or {}).items()}
+            self._write()
+
+    def _starts_round(self, step: int) -> bool:
+        return step % self.retrain == 0 and step <= self.ends_at()
+
+    def _measured(self) -> dict[str, float]:
+        if self.validation_data is None:
+            return {}
+        x, y, weight = keras.utils.unpack_x_y_sample_weight(self.validation_data)
+        found = self.model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
+        self.model.reset_metrics()  # the epoch that begins counts from nothing
+        return {name: float(value) for name, value in found.items()}
+
+    def _write(self) -> None:
+        if self.path is not None:
+            partial = f"{self.path}.part"
+            Path(partial).write_text(json.dumps(self.curve, indent=1))
+            os.replace(partial, self.path)
+
+    def _read_back(self, step: int) -> list[dict]:
+        """The rounds before this step, of the run that was killed."""
+        if self.path is None or not os.path.isfile(self.path):
+            return []
+        return [entry for entry in json.loads(Path(self.path).read_text()) if entry["epoch"] < step]
+
+
+def _restart(optimizer: keras.optimizers.Optimizer) -> None:
+    """The state of a new optimizer of the same kind; the learning rate stays what it is."""
+    new = type(optimizer).from_config(optimizer.get_config())
+    new.build(variables_of(optimizer))
+    for mine, fresh in zip(optimizer.variables, new.variables):
+        if mine.name != "learning_rate":
+            mine.assign(fresh)
