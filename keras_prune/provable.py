@@ -14,7 +14,7 @@ import keras
 from keras_prune import budgets, metrics, schedules
 from keras_prune.files import check_writable
 from keras_prune.internals import variables_of
-from keras_prune.planning import Plan, plan
+from keras_prune.planning import Plan
 from keras_prune.pruners import FilterPruning
 from keras_prune.surgery import reader_factors, zero_masks
 
@@ -143,7 +143,7 @@ class ProvablePruning(FilterPruning):
 
     def masks(self, step: int):
         if self._starts_round(step):
-            self.plan = plan(self.channels, self.schedule(step), already=self.removed, **self.arguments)
+            self.plan = self.planned(self.schedule(step), self.removed)
             self.removed = self.plan.removed
             if self.plan.drawn:
                 for weight, factor in reader_factors(self.channels, self.plan.multipliers()):

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels
-from keras_prune.planning import plan
+from keras_prune.planning import Plan, name_of, plan
 from keras_prune.rules import Ids
 from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
@@ -246,6 +246,7 @@ class FilterPruning(Pruner):
 
     def begin(self) -> None:
         self.removed = dead_units(self.channels, strict=True)
+        self._is_short = False
         schedules.warn_if_too_short(self, self.schedule, self.unit)
 
     def _total_steps(self) -> int | None:
@@ -266,10 +267,22 @@ class FilterPruning(Pruner):
         hard = self.holds(step)
         if target > 0:
             already = self.removed if not self.soft else ()  # soft: every unit may come back
-            self.removed = plan(self.channels, target, already=already, **self.arguments).removed
+            self.removed = self.planned(target, already).removed
         return [
             (weight.variable, mask) for weight, mask in zero_masks(self.channels, self.removed, producers_only=not hard)
         ]
+
+    def planned(self, target: float, already: Ids) -> Plan:
+        """The plan of a step; a warning, once, if it cannot reach the target."""
+        made = plan(self.channels, target, already=already, **self.arguments)
+        if made.reached < target - 0.02 and not self._is_short:
+            self._is_short = True
+            warnings.warn(
+                f"{type(self).__name__}: {target:.1%} of the {name_of(self.arguments['measure'])} were asked for, "
+                f"{made.reached:.1%} are removed: {'; '.join(made.notes)}.",
+                stacklevel=2,
+            )
+        return made
 
     def on_train_end(self, logs=None):
         if self.soft and self._last_step is not None and not self.holds(self._last_step):

@@ -4,6 +4,8 @@ import subprocess
 import sys
 import textwrap
 
+import warnings
+
 import keras
 import numpy as np
 import pytest
@@ -129,6 +131,16 @@ def test_the_last_value_is_reached_though_the_end_is_no_multiple_of_the_frequenc
 def test_a_schedule_that_outlasts_the_training_warns():
     with pytest.warns(UserWarning, match="asked sparsity will not be reached"):
         fit(compiled(), FilterPruning(schedules.linear(0, 0.5, begin=0, stop=9)), epochs=2)
+
+
+def test_a_sparsity_that_cannot_be_reached_is_warned_of_once():
+    x, y = patterns(64)
+    with pytest.warns(UserWarning, match="99.9% of the macs were asked for") as caught:
+        compiled().fit(x, y, epochs=3, verbose=0, callbacks=[FilterPruning(0.999)])
+    assert sum("were asked for" in str(w.message) for w in caught) == 1
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*were asked for")
+        compiled().fit(x, y, epochs=3, verbose=0, callbacks=[FilterPruning(0.5)])
 
 
 def test_steps_may_be_batches():
