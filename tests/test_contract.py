@@ -83,7 +83,7 @@ def test_zeros_of_every_pruner_survive_a_second_fit_and_are_readable_from_the_we
     assert history["sparsity"][-1] == pytest.approx(0.5, abs=0.1)
 
 
-@pytest.mark.parametrize("module", ["criteria", "budgets", "schedules", "theory.sampling"])
+@pytest.mark.parametrize("module", ["criteria", "budgets", "schedules", "theory.sampling", "theory.perturbation"])
 def test_the_examples_in_the_docstrings_hold(module):
     result = doctest.testmod(importlib.import_module(f"keras_prune.{module}"), extraglobs={"np": np})
     assert result.attempted >= 2 and result.failed == 0
