@@ -6,12 +6,11 @@ follows it, in the *pruned* network, multiplies that change by no more than a pr
 
     ||F(x) - f(x)||  <=  sum over l of  ( ||dW_l|| * ||x_l|| + ||db_l|| ) * gain_l
 
-||.|| is the L2 norm over all axes but the batch, and over all outputs together. On given data the bracket is replaced by
-what the exchange really moves, measured, where that is less; only the gains are then worst cases. With branches the gain is the sum over
-all ways to an output. The bound holds whatever the weights are, and it is a product of worst cases: 15 times what was
-observed for a network of three layers with half of its weights zeroed, 10^8 times for a trained ResNet-20 with half of
-its channels zeroed. For deep networks it only tells layers apart. It says nothing of rounding: networks compute in
-float32.
+||.|| is the L2 norm over all axes but the batch, and over all outputs together. With branches the gain is the sum over
+all ways to an output. On given data the bracket is replaced by how far the exchange really moves the layer's output,
+measured, where that is less; only the gains are then worst cases. The bound holds whatever the weights are. It is a
+product of such cases, and grows with every layer: of a deep network it tells layers apart, and promises nothing. It says
+nothing of rounding: the networks compute in float32.
 
 Source: as in [Qian, Klabjan, ICML 2021, arXiv:2105.10065]; derived here, with biases, branches, normalisation and
 convolutions, as the paper's own theorems were not at hand.

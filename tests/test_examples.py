@@ -12,6 +12,7 @@ SAYS = {
     "custom_layer.py": "is now",
     "networks.py": "ResNet-20",
     "psp_resnet.py": "ms, .tflite",
+    "provable_lenet.py": "sums change by at most",
     "compress_without_training.py": "compress         test accuracy",
 }
 
