@@ -9,8 +9,8 @@ follows it, in the *pruned* network, multiplies that change by no more than a pr
 ||.|| is the L2 norm over all axes but the batch, and over all outputs together. With branches the gain is the sum over
 all ways to an output. On given data the bracket is replaced by how far the exchange really moves the layer's output,
 measured, where that is less; only the gains are then worst cases. The bound holds whatever the weights are. It is a
-product of such cases, and grows with every layer: of a deep network it tells layers apart, and promises nothing. It says
-nothing of rounding: the networks compute in float32.
+product of such cases, and grows with every layer: of a deep network it tells layers apart, and promises nothing. It
+says nothing of rounding: the networks compute in float32.
 
 Source: as in [Qian, Klabjan, ICML 2021, arXiv:2105.10065]; derived here, with biases, branches, normalisation and
 convolutions, as the paper's own theorems were not at hand.
