@@ -328,8 +328,15 @@ def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:
     return GroupPlan(layers, len(group) * group.slices, int((~leaves).sum()) * group.slices, kept, gone, note)
 
 
-def protected(channels: Channels, protect) -> dict[int, str]:
-    """Group index -> why it stays. A protected model or wrapper protects every layer inside it."""
+def named_layers(channels: Channels, protect) -> set[int]:
+    """id of all layers that `protect` names, and of those inside them.
+
+    Args:
+        protect: layers, names, or name patterns; one of them or several.
+
+    Raises:
+        TypeError, ValueError: it holds something else, or fits no layer with weights.
+    """
     if protect is None or isinstance(protect, (str, keras.layers.Layer)):
         protect = () if protect is None else (protect,)
     layers = layers_of(channels.model)[1:]
@@ -350,6 +357,12 @@ def protected(channels: Channels, protect) -> dict[int, str]:
                 f"{', ...' if len(names) > 20 else ''}"
             )
         chosen |= inside
+    return chosen
+
+
+def protected(channels: Channels, protect) -> dict[int, str]:
+    """Group index -> why it stays. A protected model or wrapper protects every layer inside it."""
+    chosen = named_layers(channels, protect)
     return {
         group.index: "protected"
         for group in channels.groups

@@ -21,7 +21,7 @@ from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
 
 class KeepZeros(keras.constraints.Constraint):
-    """Multiplies a variable by a 0/1 mask after every update, after whatever constraint the user had.
+    """Sets a variable to zero where its 0/1 mask is, after every update, after whatever constraint the user had.
 
     It sits on the variable, not in the layer's config: saved models know nothing of it.
     """
@@ -33,7 +33,7 @@ class KeepZeros(keras.constraints.Constraint):
     def __call__(self, value):
         if self.inner is not None:
             value = self.inner(value)
-        return value * self.mask
+        return keras.ops.where(self.mask > 0, value, keras.ops.zeros_like(value))  # a product would leave -0.0
 
 
 class Pruner(keras.callbacks.Callback):

@@ -58,7 +58,7 @@ FLOORS = {
         "sparsity": 11,
         "weights": 11,
         "compact": 4,
-        "entries": 4,
+        "entries": 10,
         "compression": 10,
         "demo": 12,
         "cli": 13,
