@@ -78,9 +78,10 @@ def error_bound(scores: list[np.ndarray], amount: float, logarithms: Sequence[fl
 
 def _expected(scores: np.ndarray, scale: float) -> int:
     """How many different units `scale` x (sum of the scores) draws give on average, at least one."""
-    if (np.isfinite(scores) & (scores < 0)).any():
+    least = scores[np.isfinite(scores)].min(initial=0.0)
+    if least < 0:
         raise ValueError(
-            f"budget='error_bound' was given scores from {scores.min():.3g} on; expected numbers from 0 up, which "
+            f"budget='error_bound' was given scores from {least:.3g} on; expected numbers from 0 up, which "
             "become probabilities when they are divided by their sum. Use budget='global' for this criterion."
         )
     if math.isinf(scale):

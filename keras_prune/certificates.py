@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import numbers
 from dataclasses import asdict, dataclass
 
 import keras
@@ -36,7 +37,7 @@ class LayerCertificate:
         changed: the largest share by which a sum on the samples really changes. None where that is not known.
         draws: how many draws the units it reads came from (the fewest of its groups); None if none was drawn.
         epsilon: with probability 1 - delta over the draws no sum of an input changes by a larger share, see
-            `Certificate`; None if none was drawn.
+            `Certificate`; inf where units that could not be drawn have a share. None if none was drawn.
     """
 
     layer: str
@@ -132,6 +133,9 @@ def certify(plan: Plan, data, *, delta: float = 1e-2, k: float = 3.0, batch_size
         ValueError: a plan with `reconstruct=True`, whose weights are not those that these bounds are about; data that
             does not fit.
     """
+    for name, value, most in (("delta", delta, 1.0), ("k", k, math.inf)):
+        if not isinstance(value, numbers.Real) or not 0 < value < most:
+            raise ValueError(f"{name}={value!r} was passed to certify; expected a number above 0 and below {most:g}.")
     if plan.data is not None:
         raise ValueError(
             "The plan was made with reconstruct=True: its weights are refitted, and no bound on what left speaks of "
@@ -179,13 +183,14 @@ def _of_layer(plan: Plan, site: Site, scores, multipliers, changed: float, delta
     change = np.abs(multipliers[units] - 1)
     bound = float((change * np.where(change > 0, scores[units], 0)).sum())
     drawn = _drawn_groups(plan, site)
-    epsilon = [
-        theory.bernstein_certificate(
-            draw.draws, _scale(draw, scores[plan.channels.groups[i].units]), delta, events=events, k=k
-        )
-        for i in drawn
-        for draw in [plan.drawn[i]]
-    ]
+    fixed = ~np.isin(units, np.concatenate([plan.channels.groups[i].units for i in drawn])) if drawn else change > 0
+    for_sure = k * float((change * scores[units])[fixed & (change > 0)].sum())  # what left without being drawn
+    epsilons = []
+    for i in drawn:
+        scale = _scale(plan.drawn[i], scores[plan.channels.groups[i].units])
+        draws = plan.drawn[i].draws
+        is_known = math.isfinite(scale)
+        epsilons.append(theory.bernstein_certificate(draws, scale, delta, events=events, k=k) if is_known else math.inf)
     return LayerCertificate(
         layer=site.weight.layer.name,
         before=len(units),
@@ -193,7 +198,7 @@ def _of_layer(plan: Plan, site: Site, scores, multipliers, changed: float, delta
         bound=None if math.isnan(bound) else bound,
         changed=changed,
         draws=min((plan.drawn[i].draws for i in drawn), default=None),
-        epsilon=max(epsilon, default=None),
+        epsilon=max(epsilons) + for_sure if drawn else None,
     )
 
 

@@ -128,7 +128,7 @@ class Channels:
             labels = rule(operation, call, *call.inputs) or self._fenced(call, "its rule does not cover this case")
         out = labels.out if isinstance(labels.out, list) else [labels.out]
         for path, axes in labels.weights.items():
-            self._label(call, path, axes, out)
+            self._label(call, path, axes, out, path in labels.reads)
         for edits, new in (
             (self._config_edits.setdefault(id(operation), {}), labels.config),
             (self._argument_edits.setdefault(id(node), {}), labels.arguments),
@@ -151,7 +151,7 @@ class Channels:
                 self.uncounted.append(operation.name)
         return Labels(call.frozen())
 
-    def _label(self, call: Call, path: str, axes: tuple, out: list[Ids]) -> None:
+    def _label(self, call: Call, path: str, axes: tuple, out: list[Ids], reads_inside: bool) -> None:
         layer = call.operation
         variable = _weight_of(layer, path)
         if variable is None:  # a bias that is switched off
@@ -169,7 +169,7 @@ class Channels:
         makes = [a is not None and bool(np.isin(a[a > 0], made).any()) for a in axes]
         # Units between two weights of one layer (attention heads) are read by the weight that makes the output.
         reads = tuple(
-            a is not None and not m and (any(makes) or bool(np.isin(a[a > 0], given).any()))
+            a is not None and not m and (reads_inside or any(makes) or bool(np.isin(a[a > 0], given).any()))
             for a, m in zip(axes, makes)
         )
         key = id(variable)

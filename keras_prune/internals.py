@@ -106,6 +106,12 @@ def variables_of(optimizer) -> list:
     return optimizer._trainable_variables
 
 
+def rates_of(optimizer):
+    """An optimizer's schedule (or function) of learning rates; None where it has a variable."""
+    rate = optimizer._learning_rate
+    return None if isinstance(rate, keras.Variable) else rate
+
+
 def decays(optimizer, variable) -> bool:
     """Whether the optimizer's weight decay acts on a variable."""
     return optimizer._use_weight_decay(variable)

@@ -55,11 +55,29 @@ def is_same_call(a: Step, b: Step) -> bool:
         )
         for step in (a, b)
     ]
-    given = [
-        keras.tree.flatten(() if step.node is None else (step.node.arguments.args, step.node.arguments.kwargs))
-        for step in (a, b)
-    ]
+    given = [keras.tree.flatten(() if step.node is None else _arguments(step)) for step in (a, b)]
     return sides[0] == sides[1] and len(given[0]) == len(given[1]) and all(map(_alike, *given))
+
+
+def _arguments(step: Step) -> list:
+    """What a call is given; the key of a slice written out, as `x[..., :5]` and `x[:, :, 0:5]` may be the same."""
+    given = [*step.node.arguments.args, *step.node.arguments.kwargs.values()]
+    if type(step.operation).__name__ != "GetItem" or len(given) != 2:
+        return given
+    tensor, key = given
+    key = list(key) if isinstance(key, (tuple, list)) else [key]
+    missing = [slice(None)] * (len(tensor.shape) - sum(part is not None and part is not Ellipsis for part in key))
+    at = next((place for place, part in enumerate(key) if part is Ellipsis), len(key))
+    key[at : at + 1] = missing
+    lengths = iter(tensor.shape)
+    return [tensor, *(part if part is None else _written_out(part, next(lengths)) for part in key)]
+
+
+def _written_out(part, length: int | None):
+    """A part of a key that says the same for the same numbers."""
+    if not isinstance(part, slice) or not all(v is None or isinstance(v, int) for v in (part.start, part.stop)):
+        return part
+    return part.indices(length) if length is not None else (part.start or 0, part.stop, part.step or 1)
 
 
 def _alike(a, b) -> bool:

@@ -202,8 +202,7 @@ def plan(
         >>> small = plan(model, 0.5, measure="macs", criterion="fpgm").cut()     # doctest: +SKIP
     """
     sparsity = schedules.check_sparsity(sparsity, "plan")
-    if isinstance(round_to, bool) or not isinstance(round_to, numbers.Integral) or round_to < 1:
-        raise ValueError(f"round_to={round_to!r} was passed to plan; expected a whole number from 1 up, for example 8.")
+    check_round_to(round_to, "plan")
     measure_function, budget_function = metrics.get(measure), budgets.get(budget)
     criterion_function = criteria.get(criterion, seed)
     channels = model if isinstance(model, Channels) else Channels(model)
@@ -213,7 +212,7 @@ def plan(
             "This model has nothing to prune: "
             + ("; ".join(str(f) for f in channels.fences[:5]) or "its only layers are its inputs and outputs.")
         )
-    _check_mode(mode, delta, criterion, reconstruct)
+    check_mode(mode, delta, criterion, reconstruct)
     by_readers = isinstance(criterion, str) and criterion in READERS
     inputs = unlabelled(channels.model, data) if reconstruct or by_readers else None
     reasons = protected(channels, protect)
@@ -250,22 +249,39 @@ def plan(
         largest=largest,
         scores=scores,
         reasons=reasons,
-        notes=choice.explain(sparsity, reached, largest),
+        notes=_notes_of_draws(sparsity, reached) if drawn else choice.explain(sparsity, reached, largest),
         measures=[measure],
         data=inputs if reconstruct else None,
         drawn=drawn,
     )
 
 
-def _check_mode(mode, delta, criterion, reconstruct: bool) -> None:
+def _notes_of_draws(asked: float, reached: float) -> list[str]:
+    if abs(asked - reached) <= 0.02:
+        return []
+    return [f"asked {asked:.1%}, reached {reached:.1%}: units were drawn, and another seed gives other widths"]
+
+
+def check_round_to(round_to, where: str) -> None:
+    """Raise a ValueError unless widths can be multiples of it."""
+    if isinstance(round_to, bool) or not isinstance(round_to, numbers.Integral) or round_to < 1:
+        raise ValueError(
+            f"round_to={round_to!r} was passed to {where}; expected a whole number from 1 up, for example 8."
+        )
+
+
+def check_mode(mode, delta, criterion, reconstruct: bool = False, where: str = "plan") -> None:
+    """Raise a ValueError unless units can be chosen in this way."""
     if mode not in theory.MODES:
-        raise ValueError(f"mode={mode!r} was passed to plan; known: {', '.join(theory.MODES)}.")
+        raise ValueError(f"mode={mode!r} was passed to {where}; known: {', '.join(theory.MODES)}.")
     if not isinstance(delta, numbers.Real) or not 0 < delta < 1:
-        raise ValueError(f"delta={delta!r} was passed to plan; expected a probability above 0 and below 1, as 1e-16.")
+        raise ValueError(
+            f"delta={delta!r} was passed to {where}; expected a probability above 0 and below 1, such as 1e-16."
+        )
     if mode != "deterministic" and (criterion != "pfp" or reconstruct):
         what = f"criterion={name_of(criterion)!r}" if criterion != "pfp" else "reconstruct=True"
         raise ValueError(
-            f"mode={mode!r} was passed to plan with {what}: units are drawn with the probabilities that "
+            f"mode={mode!r} was passed to {where} with {what}: units are drawn with the probabilities that "
             "criterion='pfp' gives them, and the weights that read them are set by the draw. Use mode='deterministic'."
         )
 

@@ -71,15 +71,19 @@ def unlabelled(model: keras.Model, data, at_most: int = 4096):
         raise ValueError("This needs data: unlabelled inputs, shape (samples, ...), as the model takes them.")
     parts, seen = [], 0
     for batch in input_batches(data, at_most):  # of arrays the first is all
-        arrays = [keras.ops.convert_to_numpy(a) for a in keras.tree.flatten(_in_order(model, batch))]
+        flat = keras.tree.flatten(_in_order(model, batch))
+        arrays = [None if a is None else keras.ops.convert_to_numpy(a) for a in flat]  # an optional input may be None
         parts.append(arrays)
-        seen += len(arrays[0])
+        seen += next((len(a) for a in arrays if a is not None), 0)
         if seen >= at_most:
             break
     if not seen:
         raise ValueError("data holds no samples; expected inputs of shape (samples, ...).")
     tensors = keras.tree.flatten(inputs_of(model))
-    joined = [(np.concatenate(column) if len(column) > 1 else column[0])[:at_most] for column in zip(*parts)]
+    joined = [
+        None if column[0] is None else (np.concatenate(column) if len(column) > 1 else column[0])[:at_most]
+        for column in zip(*parts)
+    ]
     if len(joined) != len(tensors):
         raise ValueError(f"data holds {len(joined)} arrays, but the model has {len(tensors)} inputs.")
     return checked_inputs(model, keras.tree.pack_sequence_as(inputs_of(model), joined))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import numbers
@@ -10,13 +11,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import keras
+import numpy as np
 
 from keras_prune import budgets, metrics, schedules
+from keras_prune.channels import Channels
 from keras_prune.files import check_writable
 from keras_prune.internals import variables_of
-from keras_prune.planning import Plan
-from keras_prune.pruners import FilterPruning
-from keras_prune.surgery import reader_factors, zero_masks
+from keras_prune.planning import Plan, check_mode
+from keras_prune.pruners import FilterPruning, slots_of
+from keras_prune.surgery import copied, optimizer_like, reader_factors, zero_masks
 
 
 def harmonic(least: float = 0.05) -> tuple[float, ...]:
@@ -84,7 +87,7 @@ class ProvablePruning(FilterPruning):
         curve: one entry per round, a dictionary: `round`, `epoch`, `keep` (asked), `sparsity` (reached), `params`,
             `macs`, `pruned` (loss and metrics right after pruning) and `retrained` (the logs of its last epoch).
             `reports.plot_curve` draws it.
-        plan: the Plan of the last round; None before the first.
+        plan: the Plan of the last round, about a copy of the model as it was before; None before the first.
 
     Logs:
         As FilterPruning: `sparsity`, `params`, `macs`.
@@ -118,6 +121,7 @@ class ProvablePruning(FilterPruning):
             raise ValueError(
                 f"retrain={retrain!r} was passed to ProvablePruning; expected epochs per round, from 1 up."
             )
+        check_mode(mode, delta, "pfp", where=type(self).__name__)
         if path is not None:
             check_writable(str(path))
         super().__init__(
@@ -143,11 +147,11 @@ class ProvablePruning(FilterPruning):
 
     def masks(self, step: int):
         if self._starts_round(step):
-            self.plan = self.planned(self.schedule(step), self.removed)
-            self.removed = self.plan.removed
-            if self.plan.drawn:
-                for weight, factor in reader_factors(self.channels, self.plan.multipliers()):
-                    weight.variable.assign(keras.ops.convert_to_numpy(weight.variable) * factor)
+            made = self.planned(self.schedule(step), self.removed)
+            self.plan = dataclasses.replace(made, channels=Channels(copied(self.channels)[0]))
+            self.removed = made.removed
+            if made.drawn:
+                self._reweigh(made.multipliers())
         return [(weight.variable, mask) for weight, mask in zero_masks(self.channels, self.removed)]
 
     def prune(self, step: int) -> None:
@@ -172,8 +176,15 @@ class ProvablePruning(FilterPruning):
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if self.curve:
-            self.curve[-1]["retrained"] = {name: float(value) for name, value in (logs or {}).items()}
+            self.curve[-1]["retrained"] = {name: _plain(value) for name, value in (logs or {}).items()}
             self._write()
+
+    def _reweigh(self, multipliers: np.ndarray) -> None:
+        """Multiply what reads the drawn units, and its averages, which take its place at the end (use_ema)."""
+        for weight, factor in reader_factors(self.channels, multipliers):
+            averages = [v for v in slots_of(self.model.optimizer, weight.variable) if v.name.endswith("average")]
+            for variable in (weight.variable, *averages):
+                variable.assign(keras.ops.convert_to_numpy(variable) * factor)
 
     def _starts_round(self, step: int) -> bool:
         return step % self.retrain == 0 and step <= self.ends_at()
@@ -184,7 +195,7 @@ class ProvablePruning(FilterPruning):
         x, y, weight = keras.utils.unpack_x_y_sample_weight(self.validation_data)
         found = self.model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
         self.model.reset_metrics()  # the epoch that begins counts from nothing
-        return {name: float(value) for name, value in found.items()}
+        return {name: _plain(value) for name, value in found.items()}
 
     def _write(self) -> None:
         if self.path is not None:
@@ -199,10 +210,15 @@ class ProvablePruning(FilterPruning):
         return [entry for entry in json.loads(Path(self.path).read_text()) if entry["epoch"] < step]
 
 
+def _plain(value) -> float | list:
+    """A logged number, or several of them, as JSON has them."""
+    return np.asarray(keras.ops.convert_to_numpy(value), float).tolist()
+
+
 def _restart(optimizer: keras.optimizers.Optimizer) -> None:
     """The state of a new optimizer of the same kind; the learning rate stays what it is."""
-    new = type(optimizer).from_config(optimizer.get_config())
+    new = optimizer_like(optimizer)
     new.build(variables_of(optimizer))
-    for mine, fresh in zip(optimizer.variables, new.variables):
-        if mine.name != "learning_rate":
-            mine.assign(fresh)
+    states = [[v for v in o.variables if v.name != "learning_rate"] for o in (optimizer, new)]
+    for mine, fresh in zip(*states):
+        mine.assign(fresh)

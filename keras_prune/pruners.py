@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels
-from keras_prune.planning import Plan, name_of, plan
+from keras_prune.planning import Plan, check_round_to, name_of, plan
 from keras_prune.rules import Ids
 from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
@@ -166,7 +166,7 @@ def prepare_to_hold(model: keras.Model, variables: Sequence[keras.Variable]) -> 
 def hold_zeros(optimizer, variable: keras.Variable, mask: np.ndarray) -> None:
     """A prepared variable keeps these zeros; on JAX with the next step function that is compiled."""
     variable.constraint.mask.assign(mask)
-    for slot in _slots(optimizer, variable):  # a momentum would move the weight each step, and averaged weights
+    for slot in slots_of(optimizer, variable):  # a momentum would move the weight each step, and averaged weights
         write_zeros(slot, mask)  # (use_ema) are taken before the constraint
 
 
@@ -182,7 +182,7 @@ def release(model: keras.Model) -> None:
         model.make_train_function(force=True)
 
 
-def _slots(optimizer, variable: keras.Variable) -> list[keras.Variable]:
+def slots_of(optimizer, variable: keras.Variable) -> list[keras.Variable]:
     """Momenta and averages of a variable: Keras names them after it."""
     prefix = variable.path.replace("/", "_") + "_"
     return [v for v in optimizer.variables if v.name.startswith(prefix) and tuple(v.shape) == tuple(variable.shape)]
@@ -232,6 +232,7 @@ class FilterPruning(Pruner):
         super().__init__(every=every, unit=unit)
         self.schedule = schedules.get(sparsity)
         self.soft = soft
+        check_round_to(round_to, type(self).__name__)
         metrics.get(measure), budgets.get(budget), criteria.get(criterion)  # unknown names fail now, not in fit
         self.arguments = dict(
             measure=measure,
@@ -294,7 +295,7 @@ class FilterPruning(Pruner):
     def figures(self) -> dict[str, float]:
         measure = metrics.get(self.arguments["measure"])
         return {
-            "sparsity": 1 - measure(self.channels, self.removed) / measure(self.channels, ()),
+            "sparsity": float(1 - measure(self.channels, self.removed) / measure(self.channels, ())),
             "params": float(metrics.params(self.channels, self.removed)),
             "macs": float(metrics.macs(self.channels, self.removed)),
         }

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 import numbers
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -127,7 +128,7 @@ def sensitivities(
     program = Program(channels.model)
     sites, notes, tallies = sites_of(channels, program), {}, []
     for group in channels.groups if groups is None else groups:
-        reason = unmeasured(channels, group, sites)
+        reason = unmeasured(channels, group, sites) or _recurrence(group)
         if reason:
             notes[group.index] = reason
         else:
@@ -201,6 +202,13 @@ def logarithms(channels: Channels, groups: Sequence[Group], delta: float) -> lis
         events = [(times[id(s.kernel)] + 1) * c[0].shape[1] for s, c in columns if c is not None]
         found.append(math.log(8) + math.log(max(events, default=2)) - math.log(delta))
     return found
+
+
+def _recurrence(group: Group) -> str:
+    """Why a group whose units read each other from one step to the next cannot be measured; "" for all others."""
+    twice = Counter(id(m.weight) for m in group.members if m.weight.is_kernel and not m.reads)
+    names = [m.weight.layer.name for m in group.members if twice[id(m.weight)] > 1]
+    return f"read by {names[0]} itself, from one step to the next" if names else ""
 
 
 def _show(readers: Sequence, program: Program, data, batch_size: int, memory: int, what: str, progress: bool) -> int:

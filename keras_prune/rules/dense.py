@@ -98,4 +98,6 @@ def attention(layer, call, *_):
         call.loud(heads)
     attended = math.prod(call.lengths(value)[a - 1] for a in layer.attention_axes)
     factor = positions["_query_dense.kernel"] * attended * (layer.key_dim + layer.value_dim)
-    return Labels(out if len(out) > 1 else out[0], weights, config, positions=positions, products=(([heads], factor),))
+    out = out if len(out) > 1 else out[0]
+    products = (([heads], factor),)
+    return Labels(out, weights, config, positions=positions, products=products, reads=("_output_dense.kernel",))

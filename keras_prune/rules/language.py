@@ -35,6 +35,8 @@ class Labels:
             above (a new value).
         positions: how often each kernel entry is used per sample, for all kernels or by attribute path; default: the
             output positions per channel.
+        reads: attribute paths of weights that read what the layer makes inside itself; by default those that make
+            some of its output.
         products: further multiply-accumulates as (list of 1-D ids, factor): factor x the product of the
             surviving counts. For products of two activations, which have no kernel.
     """
@@ -45,6 +47,7 @@ class Labels:
     arguments: dict[int | str, Any] = field(default_factory=dict)
     positions: int | dict[str, int] | None = None
     products: tuple[tuple[list[Ids], int], ...] = ()
+    reads: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from keras_prune.surgery.stripping import (
     relative_difference,
     strip,
 )
+from keras_prune.surgery.training import optimizer_like
 from keras_prune.surgery.zeros import dead_units, reader_factors, write_zeros, zero, zero_masks
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "cut_with_twins",
     "dead_units",
     "model_inputs",
+    "optimizer_like",
     "psp_layers",
     "reader_factors",
     "relative_difference",

@@ -7,7 +7,7 @@ import warnings
 
 import keras
 
-from keras_prune.internals import compile_arguments_of, decays, variables_of
+from keras_prune.internals import compile_arguments_of, decays, rates_of, variables_of
 
 
 def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:
@@ -45,7 +45,7 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
 
     Of the smaller model's `trainable` variables those that stand for none of the old ones get slots that start afresh.
     """
-    new = type(old).from_config(old.get_config())
+    new = optimizer_like(old)
     if not old.built:
         return new
     reference = {id(v): v for v in variables_of(_slot_holder(old))}
@@ -85,6 +85,20 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
         elif tuple(before.shape) == tuple(after.shape):
             after.assign(before)
         # Factored slots (Adafactor) of a cut weight have no slice; they start afresh.
+    return new
+
+
+def optimizer_like(old: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
+    """A new optimizer of the same kind, not built. A schedule of learning rates is the same object: a user's own may
+    not be registered, so that it would not come out of a config again."""
+    config, rates = old.get_config(), rates_of(_slot_holder(old))
+    if rates is not None:
+        for part in (config, config.get("inner_optimizer", {}).get("config", {})):
+            if "learning_rate" in part:
+                part["learning_rate"] = 0.0
+    new = type(old).from_config(config)
+    if rates is not None:
+        _slot_holder(new).learning_rate = rates
     return new
 
 

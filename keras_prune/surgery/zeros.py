@@ -51,18 +51,19 @@ def write_zeros(variable: keras.Variable, mask: np.ndarray) -> None:
 
 def reader_factors(channels: Channels, multipliers: np.ndarray) -> Iterator[tuple[Weight, np.ndarray]]:
     """(weight, array that its variable is multiplied by, broadcast over its other axes) of the kernels that read units
-    whose multiplier is not 1.
+    whose multiplier is not 1. Of a recurrent kernel, which makes and reads the same units, only what is removed counts.
 
     Args:
         channels: labels of the model.
         multipliers: of every unit, shape (unit_count,).
     """
     for weight in channels.weights:
-        if not weight.is_kernel or weight.name == "depthwise_kernel":  # its pointwise kernel reads the same units
-            continue
-        for axis in weight.labelled:
+        if not weight.is_kernel or weight.name.endswith("depthwise_kernel"):
+            continue  # of a separable convolution the pointwise kernel reads the same units
+        for axis in weight.takes:
             factors = multipliers[weight.axes[axis]]
-            if weight.reads[axis] and (factors != 1).any():
+            factors = factors if weight.reads[axis] else (factors != 0).astype(float)
+            if (factors != 1).any():
                 shape = [-1 if a == axis else 1 for a in range(len(weight.axes))]
                 yield weight, factors.reshape(shape).astype("float32")
 
