@@ -320,7 +320,7 @@ def _planned(given):
 
     if given.criterion == "taylor":
         raise ValueError("criterion taylor needs labelled data: call keras_prune.plan(model, data=(x, y)) in Python.")
-    if given.criterion == "pfp":
+    if given.criterion in ("pfp", "pfp_max"):
         raise ValueError("criterion pfp needs data: call keras_prune.plan(model, criterion='pfp', data=x) in Python.")
     if given.criterion == "obs":
         raise ValueError("criterion obs looks at data: use keras-prune compress ... --images folder/.")

@@ -86,6 +86,7 @@ CRITERIA: dict[str, Criterion | None] = {
     "taylor": taylor,
     "obs": None,  # looks at what reads the units, not at rows of their own: see `surgeon`
     "pfp": None,  # the same: see `sensitivity`
+    "pfp_max": None,  # the same, of single taps
     "random": None,  # needs a generator: see `get`
 }
 

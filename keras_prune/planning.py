@@ -171,8 +171,8 @@ def plan(
         model: a built Functional or Sequential model, or its `Channels`.
         sparsity: fraction of the measure to remove, in [0, 1).
         measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
-        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor", "obs" and "pfp" (these three need
-            `data`), or a function (units, features) -> (units,).
+        criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor", "obs", "pfp" and "pfp_max" (these four
+            need `data`), or a function (units, features) -> (units,).
         budget: "global", "uniform", "error_bound" (every layer gets the same error bound: `budgets.error_bound`), or a
             function (scores, amount) -> removed.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
@@ -278,8 +278,9 @@ def check_mode(mode, delta, criterion, reconstruct: bool = False, where: str = "
         raise ValueError(
             f"delta={delta!r} was passed to {where}; expected a probability above 0 and below 1, such as 1e-16."
         )
-    if mode != "deterministic" and (criterion != "pfp" or reconstruct):
-        what = f"criterion={name_of(criterion)!r}" if criterion != "pfp" else "reconstruct=True"
+    is_drawable = criterion in ("pfp", "pfp_max")
+    if mode != "deterministic" and (reconstruct or not is_drawable):
+        what = f"criterion={name_of(criterion)!r}" if not is_drawable else "reconstruct=True"
         raise ValueError(
             f"mode={mode!r} was passed to {where} with {what}: units are drawn with the probabilities that "
             "criterion='pfp' gives them, and the weights that read them are set by the draw. Use mode='deterministic'."

@@ -75,6 +75,7 @@ class ProvablePruning(FilterPruning):
             `provable.geometric(0.85, 0.15, rounds=10)`; a number is one round.
         data: unlabelled inputs, shape (samples, ...), of which as many are used as `sample_size` says.
         retrain: epochs of each round.
+        criterion: "pfp", or "pfp_max", which no bound speaks of.
         measure, budget, round_to, protect, mode, delta, seed: as for `keras_prune.plan`.
         restart: begin each round with a fresh optimizer: no momenta, and step 0 of a schedule of learning rates that
             the optimizer has (`keras.optimizers.schedules`). For a rate by epoch give fit
@@ -104,6 +105,7 @@ class ProvablePruning(FilterPruning):
         *,
         data,
         retrain: int = 1,
+        criterion: str = "pfp",
         measure: str | metrics.Measure = "params",
         budget: str | budgets.Budget = "error_bound",
         round_to: int = 8,
@@ -121,13 +123,13 @@ class ProvablePruning(FilterPruning):
             raise ValueError(
                 f"retrain={retrain!r} was passed to ProvablePruning; expected epochs per round, from 1 up."
             )
-        check_mode(mode, delta, "pfp", where=type(self).__name__)
+        check_mode(mode, delta, criterion, where=type(self).__name__)
         if path is not None:
             check_writable(str(path))
         super().__init__(
             schedules.steps({n * int(retrain): 1 - float(k) for n, k in enumerate(keeps)}),
             measure=measure,
-            criterion="pfp",
+            criterion=criterion,
             budget=budget,
             round_to=round_to,
             every=int(retrain),

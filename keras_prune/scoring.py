@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import keras
@@ -56,17 +57,21 @@ def _by_surgeon(channels, inputs, groups, delta):
     return {k: curve.scores() for k, curve in found.items()}, unknown, len(keras.tree.flatten(inputs)[0])
 
 
-def _by_sensitivity(channels, inputs, groups, delta):
+def _by_sensitivity(channels, inputs, groups, delta, kernel_reduction="sum"):
     arrays = keras.tree.flatten(inputs)
     count, wanted = len(arrays[0]), sample_size(channels, delta)
     if wanted < count:  # more would only raise the scores; by chance, as data may be sorted by class
         chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])
         inputs = keras.tree.map_structure(lambda a: a[chosen], inputs)
-    found = sensitivities(channels, inputs, groups=groups)
+    found = sensitivities(channels, inputs, groups=groups, kernel_reduction=kernel_reduction)
     return {k: sensitivity.ranking() for k, sensitivity in found.groups.items()}, found.notes, found.samples
 
 
-READERS = {"obs": _by_surgeon, "pfp": _by_sensitivity}
+READERS = {
+    "obs": _by_surgeon,
+    "pfp": _by_sensitivity,
+    "pfp_max": functools.partial(_by_sensitivity, kernel_reduction="max"),
+}
 """Criteria that look at what reads the units: (channels, inputs, groups, delta) -> scores and reasons by group index,
 and how many samples that took."""
 

@@ -172,10 +172,12 @@ def test_delta_changes_widths_where_readers_differ_and_only_there():
         assert np.array_equal(tiny.removed, large.removed)
 
 
-@pytest.mark.parametrize("criterion", ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp"))
+@pytest.mark.parametrize(
+    "criterion", ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp", "pfp_max")
+)
 def test_every_criterion_will_do(criterion):
     model, (x, y) = compiled(widths=(8, 12)), patterns(16)
-    data = {"taylor": (x, y), "obs": x, "pfp": x}.get(criterion)
+    data = {"taylor": (x, y), "obs": x, "pfp": x, "pfp_max": x}.get(criterion)
     result = plan(
         randomize(model),
         0.4,

@@ -259,7 +259,7 @@ def test_pfp_leaves_out_what_is_protected_or_gone_and_needs_data():
     assert np.isin(gone, again.removed).all()
     with pytest.raises(ValueError, match="needs data"):
         plan(channels, 0.2, criterion="pfp")
-    with pytest.raises(ValueError, match="Known: .*obs, pfp, random"):
+    with pytest.raises(ValueError, match="Known: .*obs, pfp, pfp_max, random"):
         criteria.get("pfd")
     model, _ = ZOO["gru"]()
     notes = [line.note for line in plan(model, 0.2, criterion="pfp", data=example(model, 5), round_to=1).groups]
