@@ -33,6 +33,7 @@ class KeepZeros(keras.constraints.Constraint):
     def __call__(self, value):
         if self.inner is not None:
             value = self.inner(value)
+        value = keras.ops.convert_to_tensor(value)
         return keras.ops.where(self.mask > 0, value, keras.ops.zeros_like(value))  # a product would leave -0.0
 
 
