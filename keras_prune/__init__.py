@@ -28,6 +28,7 @@ _HOMES = {
     "Pruner": "pruners",
     "ProvablePruning": "provable",
     "certify": "certificates",
+    "sample_size": "sensitivity",
     "Certificate": "certificates",
     "release": "pruners",
     "SparsityTarget": "sparsity",
