@@ -638,7 +638,18 @@ def _speed_lines(rows: list[dict]) -> list[str]:
     return lines
 
 
-COLORS = ("#c0392b", "#e67e22", "#b7950b", "#2f6db5", "#17a2b8", "#27864a", "#8e44ad", "#34495e", "#95a5a6")
+COLORS = {
+    "pfp": "#c0392b",
+    "pfp_max": "#e88fa0",
+    "pfp:random": "#e67e22",
+    "pfp:mixed": "#b7950b",
+    "l1": "#2f6db5",
+    "l2": "#17a2b8",
+    "fpgm": "#27864a",
+    "taylor": "#8e44ad",
+    "bn_scale": "#34495e",
+    "random": "#95a5a6",
+}
 
 
 def _on(found: dict) -> str:
@@ -674,7 +685,7 @@ def draw(axes, rows: list[dict], stage: str, recipe: Recipe | None, start: list[
     """One panel; every line starts at the whole network. Those that draw may leave it at the bottom."""
     seen = list(start)
     kepts = sorted({r["kept"] for r in rows}, reverse=True)
-    for criterion, color in zip(CRITERIA, COLORS):
+    for criterion in CRITERIA:
         found = [(100 * (1 - k), Column(k, stage, recipe).of(rows, criterion=criterion)) for k in kepts]
         points = [(at, mean(numbers)) for at, numbers in [(0.0, start), *found] if numbers]
         style = "--" if criterion == "random" else ":" if ":" in criterion else "-"
@@ -683,9 +694,12 @@ def draw(axes, rows: list[dict], stage: str, recipe: Recipe | None, start: list[
             seen += [value for _, value in points]
         if len(points) > 1:
             axes.plot(
-                *zip(*points), style, marker="o", markersize=2 * size, linewidth=size, color=color, zorder=front,
-                label=named(criterion),
+                *zip(*points), style, marker="o", markersize=2 * size, linewidth=size,
+                color=COLORS[criterion], zorder=front, label=named(criterion),
             )  # fmt: skip
+    if not axes.get_lines():
+        axes.set_visible(False)
+        return
     room = 0.06 * (max(seen) - min(seen))
     axes.set_ylim(min(seen) - room, max(seen) + room)
     axes.set_xlabel("MACs removed, %", fontsize=9)
