@@ -45,7 +45,7 @@ from statistics import mean
 import keras
 import numpy as np
 from no_training import PeakMemory, imagenet
-from psp import machine, shifted
+from psp import Batches, machine
 
 from keras_prune import Channels, datasets, metrics, plan, recalibrate_batchnorm, sensitivity
 
@@ -227,27 +227,6 @@ def accuracy(model, images: datasets.Images, change) -> float:
 # -- training --------------------------------------------------------------------------------------------------------
 
 
-class Batches(keras.utils.PyDataset):
-    """Shuffled by the seed; the last incomplete batch of an epoch is left out."""
-
-    def __init__(self, x, y, change, size: int, augmented: bool, seed: int):
-        super().__init__()
-        self.x, self.y, self.change, self.size, self.augmented = x, y, change, size, augmented
-        self.random = np.random.default_rng(seed)
-        self.order = self.random.permutation(len(x))
-
-    def __len__(self):
-        return len(self.x) // self.size
-
-    def __getitem__(self, index):
-        some = self.order[self.size * index : self.size * index + self.size]
-        x = shifted(self.x[some], self.random) if self.augmented else self.x[some]
-        return self.change(x), self.y[some]
-
-    def on_epoch_end(self):
-        self.order = self.random.permutation(len(self.x))
-
-
 class Rate(keras.optimizers.schedules.LearningRateSchedule):
     """The learning rate of a recipe, step by step."""
 
@@ -271,7 +250,7 @@ def fit(model, x, y, change, recipe: Recipe, seed: int) -> float:
     for variable in model.trainable_variables:
         if len(variable.shape) > 1:
             variable.regularizer = keras.regularizers.L2(DECAY / 2)
-    batches = Batches(x, y, change, recipe.batch, recipe.augmented, seed)
+    batches = Batches(x, y, recipe.batch, seed, change, recipe.augmented)
     optimizer = keras.optimizers.SGD(Rate(recipe, len(batches)), momentum=0.9)
     model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
     start = time.perf_counter()

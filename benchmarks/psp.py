@@ -113,11 +113,14 @@ def build(config: dict) -> keras.Model:
 
 
 class Batches(keras.utils.PyDataset):
-    """Shuffled, shifted by up to 4 pixels, mirrored; the last incomplete batch of an epoch is left out."""
+    """Shuffled by the seed, shifted by up to 4 pixels and mirrored; the last incomplete batch of an epoch is left out.
 
-    def __init__(self, x, y, size: int, seed: int):
+    `change` is what is done to the images last; without `augmented` they are neither shifted nor mirrored.
+    """
+
+    def __init__(self, x, y, size: int, seed: int, change=lambda x: x, augmented: bool = True):
         super().__init__()
-        self.x, self.y, self.size = x, y, size
+        self.x, self.y, self.size, self.change, self.augmented = x, y, size, change, augmented
         self.random = np.random.default_rng(seed)
         self.order = self.random.permutation(len(x))
 
@@ -126,7 +129,8 @@ class Batches(keras.utils.PyDataset):
 
     def __getitem__(self, index):
         some = self.order[self.size * index : self.size * index + self.size]
-        return shifted(self.x[some], self.random), self.y[some]
+        x = shifted(self.x[some], self.random) if self.augmented else self.x[some]
+        return self.change(x), self.y[some]
 
     def on_epoch_end(self):
         self.order = self.random.permutation(len(self.x))

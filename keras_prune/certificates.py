@@ -14,10 +14,10 @@ import keras
 import numpy as np
 
 from keras_prune import theory
-from keras_prune.lipschitz import OutputBound, output_bound
+from keras_prune.lipschitz import OutputBound, output_bound, outputs_on
 from keras_prune.planning import Plan
 from keras_prune.probes import unlabelled
-from keras_prune.program import Program, batches_of
+from keras_prune.program import Program
 from keras_prune.sensitivity import deviations, sensitivities
 from keras_prune.sites import Site, applications, sites_of
 from keras_prune.surgery import reweighed
@@ -34,7 +34,7 @@ class LayerCertificate:
         before, after: units that it reads.
         bound: no sum on the samples changes by a larger share of itself: the sensitivities of the units that left,
             times |multiplier - 1| where units were drawn, added up. 1 = all of it. None where it is not known.
-        changed: the largest share by which a sum on the samples really changes. None where that is not known.
+        changed: the largest share by which a sum on the samples really changes.
         draws: how many draws the units it reads came from (the fewest of its groups); None if none was drawn.
         epsilon: with probability 1 - delta over the draws no sum of an input changes by a larger share, see
             `Certificate`; inf where units that could not be drawn have a share. None if none was drawn.
@@ -44,7 +44,7 @@ class LayerCertificate:
     before: int
     after: int
     bound: float | None
-    changed: float | None
+    changed: float
     draws: int | None = None
     epsilon: float | None = None
 
@@ -213,16 +213,10 @@ def _scale(draw: theory.Draw, scores: np.ndarray) -> float:
 def _distances(model: keras.Model, twin: keras.Model, data, batch_size: int) -> tuple[float, float]:
     """(largest distance of two models' outputs, largest norm of the first one's) over the samples."""
     apart, long = 0.0, 0.0
-    for batch in batches_of(model, data, batch_size):
-        first, second = (_rows(m(batch, training=False)) for m in (model, twin))
+    for first, second in zip(*(outputs_on(m, data, batch_size) for m in (model, twin))):
         apart = max(apart, float(np.linalg.norm(first - second, axis=1).max()))
         long = max(long, float(np.linalg.norm(first, axis=1).max()))
     return apart, long
-
-
-def _rows(outputs) -> np.ndarray:
-    arrays = [keras.ops.convert_to_numpy(a).astype(np.float64) for a in keras.tree.flatten(outputs)]
-    return np.concatenate([a.reshape(len(a), -1) for a in arrays], axis=1)
 
 
 def _share(value: float | None) -> str:
@@ -231,8 +225,8 @@ def _share(value: float | None) -> str:
     return _percent(value) + (" (vacuous)" if value >= 1 else "")
 
 
-def _percent(value: float | None) -> str:
-    return "?" if value is None else f"{value:.0%}" if value >= 0.1 else f"{value:.2%}"
+def _percent(value: float) -> str:
+    return f"{value:.0%}" if value >= 0.1 else f"{value:.2%}"
 
 
 def _finite(value):

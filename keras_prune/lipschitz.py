@@ -19,7 +19,7 @@ convolutions, as the paper's own theorems were not at hand.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -28,7 +28,7 @@ import numpy as np
 
 from keras_prune.internals import check_model
 from keras_prune.operators import as_numbers, is_same_call, times
-from keras_prune.program import Program
+from keras_prune.program import Program, batches_of
 from keras_prune.propagation import Network, run
 
 
@@ -182,6 +182,13 @@ def gains(model: keras.Model, data=None, *, input_norm: float | None = None, bat
         for number, kernel in kernels.items()
         for place, variable in enumerate(kernel.variables)
     ]
+
+
+def outputs_on(model: keras.Model, data, batch_size: int = 64) -> Iterator[np.ndarray]:
+    """What a network computes in inference, batch by batch: all outputs side by side, shape (samples, numbers)."""
+    for batch in batches_of(model, data, batch_size):
+        made = [as_numbers(a) for a in keras.tree.flatten(model(batch, training=False))]
+        yield np.concatenate([a.reshape(len(a), -1) for a in made], axis=1)
 
 
 # -- two networks ------------------------------------------------------------------------------------------------

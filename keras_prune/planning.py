@@ -233,14 +233,13 @@ def plan(
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
     counts, largest = choice.search(sparsity)
     drawn = {} if mode == "deterministic" else choice.drawn(counts, mode, seed)
-    removed = choice.removed(counts, drawn)
-    reached = 1 - float(measure_function(channels, removed)) / choice.total
+    reached = choice.sparsity(counts, drawn)
     what, by, how = (name_of(x) for x in (measure, criterion, budget))
     by += f" on {samples:,} samples" if by_readers else ""
     refitted = f", refitted on {len(keras.tree.flatten(inputs)[0]):,} samples" if reconstruct else ""
     return described(
         channels,
-        removed,
+        choice.removed(counts, drawn),
         sentence=f"remove {sparsity:.0%} of the {what}, by {by}, {how} budget, widths in multiples of {round_to}"
         + (f", units drawn ({mode}): widths as they came" if drawn else "")
         + refitted,

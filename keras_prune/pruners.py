@@ -21,7 +21,7 @@ from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
 
 class KeepZeros(keras.constraints.Constraint):
-    """Sets a variable to zero where its 0/1 mask is, after every update, after whatever constraint the user had.
+    """Multiplies a variable by a 0/1 mask after every update, after whatever constraint the user had.
 
     It sits on the variable, not in the layer's config: saved models know nothing of it.
     """
@@ -33,8 +33,7 @@ class KeepZeros(keras.constraints.Constraint):
     def __call__(self, value):
         if self.inner is not None:
             value = self.inner(value)
-        value = keras.ops.convert_to_tensor(value)
-        return keras.ops.where(self.mask > 0, value, keras.ops.zeros_like(value))  # a product would leave -0.0
+        return value * self.mask  # one operation per step; the zeros may carry a sign until training ends
 
 
 class Pruner(keras.callbacks.Callback):
@@ -251,16 +250,13 @@ class FilterPruning(Pruner):
         self._is_short = False
         schedules.warn_if_too_short(self, self.schedule, self.unit)
 
-    def _total_steps(self) -> int | None:
-        return schedules.total_steps(self.unit, self.params)
-
     def ends_at(self) -> int | None:
         return getattr(self.schedule, "stop", None)
 
     def holds(self, step: int) -> bool:
         if not self.soft:
             return True
-        total = self._total_steps()
+        total = schedules.total_steps(self.unit, self.params)
         last_epoch = 1 if self.unit == "epoch" else (self.params.get("steps") or 1)
         return total is not None and step >= total - last_epoch
 
@@ -325,7 +321,7 @@ class GradualPruning(FilterPruning):
 
     def begin(self) -> None:
         if self.ramp["stop"] is None:
-            total = self._total_steps()
+            total = schedules.total_steps(self.unit, self.params)
             if total is None:
                 raise ValueError(
                     "GradualPruning counts batches, but fit does not know how many an epoch has; pass "

@@ -60,8 +60,8 @@ class Choice:
                 found[group.index] = theory.draw(weights / weights.sum(), count, mode, rng)
         return found
 
-    def sparsity(self, counts: list[int]) -> float:
-        return 1 - float(self.measure(self.channels, self.removed(counts))) / self.total
+    def sparsity(self, counts: list[int], drawn: dict[int, theory.Draw] | None = None) -> float:
+        return 1 - float(self.measure(self.channels, self.removed(counts, drawn))) / self.total
 
     def search(self, target: float) -> tuple[list[int], float]:
         """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
