@@ -7,9 +7,10 @@ samples that were held back.
 
 from __future__ import annotations
 
+import functools
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 
 import keras
@@ -26,7 +27,6 @@ from keras_prune.probes import unlabelled
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import reconstruct
 from keras_prune.reports import before_after
-from keras_prune.rules import Ids
 from keras_prune.surgeon import LOOKS, Curve, curves
 from keras_prune.surgery import check_finite, dead_units, settle
 
@@ -176,24 +176,14 @@ def compress(
     return small, result
 
 
-def _limits(channels, sparsity, target, measure) -> dict[str, tuple[Callable, float]]:
-    """Name -> (measure, what may be left of it)."""
+def _limits(channels, sparsity, target, measure) -> metrics.Limits:
     if (sparsity is None) == (target is None):
         raise ValueError("compress needs either sparsity= (fraction to remove) or target= (what may be left).")
     if target is None:
         function = metrics.get(measure)
         kept = 1 - schedules.check_sparsity(sparsity, "compress")
-        return {name_of(measure): (function, kept * function(channels, ()))}
-    if not isinstance(target, dict) or not target:
-        raise ValueError(f"target={target!r}; expected for example {{'macs': 0.5}} or {{'params': 250_000}}.")
-    limits = {}
-    for name, value in target.items():
-        function, label = metrics.get(name), name_of(name)
-        if not value > 0:
-            raise ValueError(f"target {label}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
-        is_fraction = isinstance(name, str) and value < 1
-        limits[label] = (function, value * function(channels, ()) if is_fraction else float(value))
-    return limits
+        return metrics.Limits({name_of(measure): (function, kept * function(channels, ()))})
+    return metrics.limits(channels, target)
 
 
 def _checked_labels(labels, data, inputs):
@@ -236,9 +226,7 @@ def _curves(channels, inside, some, reasons: dict, already, memory, seed, progre
 
 
 def _allocated(channels, found: list[Curve], limits, round_to, already) -> Search:
-    def excess(removed: Ids) -> float:
-        return sum(max(0.0, function(channels, removed) / limit - 1) for function, limit in limits.values())
-
+    excess = functools.partial(limits.excess, channels)
     search = Search(
         [c.group for c in found], [c.order for c in found], [c.damage for c in found], excess, round_to, already
     )
@@ -248,7 +236,7 @@ def _allocated(channels, found: list[Curve], limits, round_to, already) -> Searc
 
 def _as_plan(channels, search: Search, found: list[Curve], limits, round_to, reasons, notes) -> Plan:
     removed, least = search.leaving(search.counts), search.leaving([s[-1] if s else 0 for s in search.steps])
-    (name, (function, limit)), *_ = limits.items()
+    (name, (function, limit)), *_ = limits.limits.items()
     whole = function(channels, ())
     asked, reached, largest = (1 - x / whole for x in (limit, function(channels, removed), function(channels, least)))
     notes = list(notes)
@@ -260,16 +248,14 @@ def _as_plan(channels, search: Search, found: list[Curve], limits, round_to, rea
     return described(
         channels,
         removed,
-        sentence="keep "
-        + " and ".join(f"at most {limit:,.0f} {name}" for name, (_, limit) in limits.items())
-        + f", by measured damage to the output, widths in multiples of {round_to}",
+        sentence=f"keep {limits}, by measured damage to the output, widths in multiples of {round_to}",
         asked=asked,
         reached=reached,
         largest=largest,
         scores={c.group.index: c.scores() for c in found},
         reasons=reasons,
         notes=notes,
-        measures=[function for function, _ in limits.values()],
+        measures=[function for function, _ in limits.limits.values()],
     )
 
 

@@ -6,7 +6,10 @@ Every measure is a function `(channels, removed) -> number`, so that a table of 
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import entry_points
 
 import numpy as np
 
@@ -61,6 +64,12 @@ def _size(axes, shape, alive) -> int:
 MEASURES: dict[str, Measure] = {"params": params, "macs": macs, "memory": memory, "units": units}
 
 
+REFINE = 0.01
+"""An estimate that is nearer to the truth than this is good enough."""
+PLUGINS = "keras_prune.measures"
+"""Entry points of this group are measures that other installed packages offer: tflite_export's latency_ms, say."""
+
+
 def get(measure: str | Measure) -> Measure:
     """A measure by name, or the function itself.
 
@@ -69,9 +78,73 @@ def get(measure: str | Measure) -> Measure:
     """
     if callable(measure):
         return measure
-    if not isinstance(measure, str) or measure not in MEASURES:
+    if isinstance(measure, str) and measure in MEASURES:
+        return MEASURES[measure]
+    installed = {point.name: point for point in entry_points(group=PLUGINS)}
+    if not isinstance(measure, str) or measure not in installed:
         raise ValueError(
-            f"measure={measure!r} is not known. Known: {', '.join(sorted(MEASURES))}. "
+            f"measure={measure!r} is not known. Known: {', '.join(sorted({*MEASURES, *installed}))}. "
             "Or pass a function (channels, removed) -> number."
         )
-    return MEASURES[measure]
+    return installed[measure].load()
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What may be left: at most so much of each measure. It is itself a measure: of the one that is exceeded most.
+
+    Attributes:
+        limits: name -> (measure, what may be left of it).
+    """
+
+    limits: dict[str, tuple[Measure, float]]
+
+    def __call__(self, channels: Channels, removed: Ids = ()) -> float:
+        """The largest of measure / limit: 1 and less is within all of them."""
+        return max(function(channels, removed) / limit for function, limit in self.limits.values())
+
+    def excess(self, channels: Channels, removed: Ids = ()) -> float:
+        """How far above the limits, summed over the measures, as fractions of them; 0 where all are met."""
+        return sum(max(0.0, function(channels, removed) / limit - 1) for function, limit in self.limits.values())
+
+    def refine(self, channels: Channels, removed: Ids) -> bool:
+        """Let measures that are estimates look closer at these widths: those with a method `refine(channels, removed)`
+        that returns true ÷ estimated. True if one of them was off by more than `REFINE`."""
+        found = [
+            function.refine(channels, removed) for function, _ in self.limits.values() if hasattr(function, "refine")
+        ]
+        return any(abs(ratio - 1) > REFINE for ratio in found)
+
+    def __str__(self) -> str:
+        return " and ".join(f"at most {amount(limit)} {name}" for name, (_, limit) in self.limits.items())
+
+
+def limits(channels: Channels, target: dict[str | Measure, float]) -> Limits:
+    """What `target` allows.
+
+    Args:
+        channels: of the whole model.
+        target: measure, by name or as a function, -> a fraction below 1 to keep, or a number from 1 up. The limit of a
+            function, and of what is counted in ms, is a number as it stands.
+
+    Raises:
+        ValueError: not such a dict, an unknown measure, a limit that is not above 0.
+
+    >>> str(Limits({"macs": (macs, 5e6), "params": (params, 100)}))
+    'at most 5,000,000 macs and at most 100 params'
+    """
+    if not isinstance(target, dict) or not target:
+        raise ValueError(f"target={target!r}; expected for example {{'macs': 0.5}} or {{'params': 250_000}}.")
+    found = {}
+    for name, value in target.items():
+        function, label = get(name), name if isinstance(name, str) else getattr(name, "__name__", type(name).__name__)
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
+            raise ValueError(f"target {label}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
+        is_fraction = isinstance(name, str) and value < 1 and not name.endswith("_ms")
+        found[label] = (function, value * function(channels, ()) if is_fraction else float(value))
+    return Limits(found)
+
+
+def amount(number: float) -> str:
+    """A number of whatever unit for people: whole numbers with commas, others with four digits."""
+    return f"{number:,.0f}" if float(number).is_integer() or abs(number) >= 1e4 else f"{number:,.4g}"

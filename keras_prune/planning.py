@@ -125,9 +125,8 @@ class Plan:
         lines.append("")
         for key, (before, after) in self.totals.items():
             gone = 1 - after / before if before else 0.0
-            lines.append(
-                f"  {TITLES.get(key, key):<18} {_number(before):>14} -> {_number(after):>14}   {gone:6.1%} removed"
-            )
+            was, now = metrics.amount(before), metrics.amount(after)
+            lines.append(f"  {TITLES.get(key, key):<18} {was:>14} -> {now:>14}   {gone:6.1%} removed")
         lines.append(f"  asked {self.asked:.1%}, reached {self.reached:.1%}, largest possible {self.largest:.1%}")
         for fence in self.fences[:20]:
             lines.append(f"  fence: {fence}")
@@ -137,11 +136,9 @@ class Plan:
         return "\n".join(lines)
 
 
-TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes"}
-
-
-def _number(n: float) -> str:
-    return f"{n:,.0f}" if float(n).is_integer() else f"{n:,.4g}"
+REFINED = 4
+"""How often widths are chosen at most, where a measure was an estimate and is corrected at the widths chosen."""
+TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes", "latency_ms": "latency, ms"}
 
 
 def _few(names: Sequence[str]) -> str:
@@ -151,11 +148,12 @@ def _few(names: Sequence[str]) -> str:
 
 def plan(
     model: keras.Model | Channels,
-    sparsity: float = 0.5,
+    sparsity: float | None = None,
     *,
+    target: dict[str | metrics.Measure, float] | None = None,
     measure: str | metrics.Measure = "macs",
     criterion: str | criteria.Criterion = "l2",
-    budget: str | budgets.Budget = "global",
+    budget: str | budgets.Budget | None = None,
     round_to: int = 8,
     protect: Sequence[str | keras.layers.Layer] = (),
     data=None,
@@ -169,12 +167,18 @@ def plan(
 
     Args:
         model: a built Functional or Sequential model, or its `Channels`.
-        sparsity: fraction of the measure to remove, in [0, 1).
-        measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number.
+        sparsity: fraction of the measure to remove, in [0, 1). Default: 0.5, or what `target` needs.
+        target: instead of it, what may be left: `{"macs": 50e6, "params": 250_000}` (numbers from 1 up),
+            `{"macs": 0.5}` (a fraction), `{"latency_ms": 5.0}` where tflite_export is installed, `{table: 5.0}` with a
+            function. All of them are met.
+        measure: "macs", "params", "memory", "units", or a function (channels, removed) -> number, such as
+            `tflite_export.LatencyTable`. For `sparsity`.
         criterion: "l1", "l2", "linf", "fpgm", "bn_scale", "random", "taylor", "obs", "pfp" and "pfp_max" (these four
             need `data`), or a function (units, features) -> (units,).
-        budget: "global", "uniform", "error_bound" (every layer gets the same error bound: `budgets.error_bound`), or a
-            function (scores, amount) -> removed.
+        budget: "global" (the default), "uniform", "error_bound" (every layer gets the same error bound:
+            `budgets.error_bound`), "greedy" (the default with `target`: where a step costs least of the scores for what
+            it saves of the measure, so that a group stops at the edge of a stair), or a function
+            (scores, amount) -> removed.
         round_to: widths are multiples of this, or stay whole; 1 for no rounding. Off the hardware's grid a smaller
             layer is often slower.
         protect: layers, names, or name patterns ("head_*") whose output channels all stay.
@@ -201,7 +205,12 @@ def plan(
         >>> print(plan(model, 0.5, measure="macs", criterion="fpgm"))     # doctest: +SKIP
         >>> small = plan(model, 0.5, measure="macs", criterion="fpgm").cut()     # doctest: +SKIP
     """
-    sparsity = schedules.check_sparsity(sparsity, "plan")
+    if target is not None and sparsity is not None:
+        raise ValueError(f"plan was given sparsity={sparsity} and target={target!r}; expected one of them.")
+    if target is None:
+        sparsity = schedules.check_sparsity(0.5 if sparsity is None else sparsity, "plan")
+    if budget is None:
+        budget = "global" if target is None else "greedy"
     check_round_to(round_to, "plan")
     measure_function, budget_function = metrics.get(measure), budgets.get(budget)
     criterion_function = criteria.get(criterion, seed)
@@ -230,29 +239,48 @@ def plan(
     free_scores = [scores[g.index] for g in free]
     if budget == "error_bound":
         budget_function = functools.partial(budgets.error_bound, logarithms=logarithms(channels, free, delta))
+    measure_function, limits = _goal(channels, sparsity, target, measure_function)
+    asked = sparsity if target is None else max(0.0, 1 - 1 / limits(channels))
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
-    counts, largest = choice.search(sparsity)
+    for _ in range(REFINED):
+        if budget == "greedy":
+            counts, largest = choice.greedy(functools.partial(limits.excess, channels)), choice.largest()
+        else:
+            counts, largest = choice.search(asked, at_least=target is not None)
+        is_settled = not limits.refine(channels, choice.removed(counts))
+        if is_settled:
+            break
     drawn = {} if mode == "deterministic" else choice.drawn(counts, mode, seed)
     reached = choice.sparsity(counts, drawn)
-    what, by, how = (name_of(x) for x in (measure, criterion, budget))
+    by, how = name_of(criterion), name_of(budget)
     by += f" on {samples:,} samples" if by_readers else ""
+    goal = f"remove {sparsity:.0%} of the {name_of(measure)}" if target is None else f"keep {limits}"
     refitted = f", refitted on {len(keras.tree.flatten(inputs)[0]):,} samples" if reconstruct else ""
     return described(
         channels,
         choice.removed(counts, drawn),
-        sentence=f"remove {sparsity:.0%} of the {what}, by {by}, {how} budget, widths in multiples of {round_to}"
+        sentence=f"{goal}, by {by}, {how} budget, widths in multiples of {round_to}"
         + (f", units drawn ({mode}): widths as they came" if drawn else "")
         + refitted,
-        asked=float(sparsity),
+        asked=float(asked),
         reached=reached,
         largest=largest,
         scores=scores,
         reasons=reasons,
-        notes=_notes_of_draws(sparsity, reached) if drawn else choice.explain(sparsity, reached, largest),
-        measures=[measure],
+        notes=_notes_of_draws(asked, reached) if drawn else choice.explain(asked, reached, largest, is_settled),
+        measures=[function for function, _ in limits.limits.values()],
         data=inputs if reconstruct else None,
         drawn=drawn,
     )
+
+
+def _goal(channels, sparsity, target, measure) -> tuple[metrics.Measure, metrics.Limits]:
+    """(measure whose sparsity is asked for, the same as limits): of a target that is what is exceeded most."""
+    if target is not None:
+        limits = metrics.limits(channels, target)
+        return limits, limits
+    left = (1 - sparsity) * measure(channels, ())
+    return measure, metrics.Limits({name_of(measure): (measure, left)})
 
 
 def _notes_of_draws(asked: float, reached: float) -> list[str]:

@@ -7,6 +7,8 @@ import math
 import numpy as np
 
 from keras_prune import theory
+from keras_prune.allocation import Search
+from keras_prune.budgets import log_losses
 from keras_prune.groups import Group
 from keras_prune.rules import Ids
 
@@ -63,8 +65,29 @@ class Choice:
     def sparsity(self, counts: list[int], drawn: dict[int, theory.Draw] | None = None) -> float:
         return 1 - float(self.measure(self.channels, self.removed(counts, drawn))) / self.total
 
-    def search(self, target: float) -> tuple[list[int], float]:
-        """(counts, largest possible sparsity): bisect the amount, then go over group by group."""
+    def largest(self) -> float:
+        """The largest possible sparsity: every group at its least width."""
+        return self.sparsity([min(n, self.least(g)) for g, n in zip(self.groups, self.whole)])
+
+    def greedy(self, excess) -> list[int]:
+        """Counts that meet limits at the least loss of scores: taken where a step costs least for what it saves.
+
+        Args:
+            excess: removed units -> how far above the limits the model is, 0 where they are met.
+        """
+        self.orders = [np.argsort(s, kind="stable") for s in self.scores]
+        costs = [log_losses(s[o]) for s, o in zip(self.scores, self.orders)]
+        search = Search(self.groups, [o[:-1] for o in self.orders], costs, excess, self.round_to, self.already)
+        search.settle()
+        return [min(n, len(g) - count) for g, n, count in zip(self.groups, self.whole, search.counts)]
+
+    def search(self, target: float, at_least: bool = False) -> tuple[list[int], float]:
+        """(counts, largest possible sparsity): bisect the amount, then go over group by group.
+
+        Args:
+            target: sparsity to come as near to as the grid allows.
+            at_least: rather above it than below.
+        """
         whole = list(self.whole)
         least = [min(n, self.least(g)) for g, n in zip(self.groups, whole)]
         largest = self.sparsity(least)
@@ -83,11 +106,16 @@ class Choice:
             if high - low < 1e-6:
                 break
         self.counts(high)  # the order in which units leave, as at the upper end
-        return self._between(below, above, target), largest
+        return self._between(below, above, target, at_least), largest
 
-    def _between(self, below: list[int], above: list[int], target: float) -> list[int]:
+    def _between(self, below: list[int], above: list[int], target: float, at_least: bool) -> list[int]:
         """Widths that jump together at one amount are moved one rounding step at a time, until the target is met."""
-        counts, best = list(below), (abs(self.sparsity(below) - target), list(below))
+
+        def rated(counts) -> tuple[bool, float, list[int]]:
+            reached = self.sparsity(counts)
+            return at_least and reached < target, abs(reached - target), list(counts)
+
+        counts, best = list(below), min(rated(below), rated(above))
         moves = [k for k in range(len(counts)) for _ in range(self._steps(k, below[k], above[k]))]
         moves.sort(key=lambda k: len(self.groups[k]))
         for k in reversed(moves):
@@ -95,17 +123,17 @@ class Choice:
             counts[k] = max(above[k], (counts[k] - 1) // step * step)
             if counts[k] < self.least(group):
                 counts[k] = self.least(group)
-            reached = self.sparsity(counts)
-            best = min(best, (abs(reached - target), list(counts)))
-            if reached >= target:
+            best = min(best, rated(counts))
+            if self.sparsity(counts) >= target:
                 break
-        return best[1]
+        return best[2]
 
     def _steps(self, k: int, below: int, above: int) -> int:
         step = self.grid(self.groups[k])
         return max(0, math.ceil((below - above) / step))
 
-    def explain(self, asked: float, reached: float, largest: float) -> list[str]:
+    def explain(self, asked: float, reached: float, largest: float, is_settled: bool = True) -> list[str]:
+        """Why the sparsity reached is another than that asked for, if it is."""
         if abs(asked - reached) <= 0.02:
             return []
         if asked > largest:
@@ -115,6 +143,10 @@ class Choice:
                 why += f"; {len(small)} groups are no wider than one step and stay whole: {', '.join(small[:3])}"
             return [
                 f"asked {asked:.1%}, but the largest possible is {largest:.1%}: {why}. Lower round_to or protect less"
+            ]
+        if not is_settled:
+            return [
+                "the measure is an estimate; it was corrected at the widths chosen and still moves: is the machine idle?"
             ]
         return [
             f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "

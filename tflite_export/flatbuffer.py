@@ -1,5 +1,6 @@
 """Floor 0. Reads a .tflite flatbuffer and gives it a signature, without copying or moving its weights."""
 
+import hashlib
 import struct
 from collections import Counter
 from types import ModuleType
@@ -11,8 +12,21 @@ _SIGNATURES = 7  # field number of `signature_defs` in the schema's table `Model
 _DESCRIPTION = 3
 _FIELDS = 8  # the fields of `Model` that the converter may write: later ones belong to files with external buffers
 
+NUMPY_TYPES = {
+    0: np.float32,
+    1: np.float16,
+    2: np.int32,
+    3: np.uint8,
+    4: np.int64,
+    6: np.bool_,
+    7: np.int16,
+    9: np.int8,
+}
+"""The schema's `TensorType` -> numpy, of types whose numbers lie in a buffer as they are."""
 
-def _schema() -> ModuleType:
+
+def schema() -> ModuleType:
+    """The generated classes of the file format."""
     try:
         from ai_edge_litert import schema_py_generated
     except ImportError:
@@ -22,7 +36,53 @@ def _schema() -> ModuleType:
 
 def root(content: bytes):
     """The table `Model` of a file that the runtime has verified (this reader itself checks no offset)."""
-    return _schema().Model.GetRootAs(content, 0)
+    return schema().Model.GetRootAs(content, 0)
+
+
+def unpacked(content: bytes):
+    """The whole file as objects that can be changed: the schema's `ModelT`. The file has been verified before."""
+    return schema().ModelT.InitFromObj(root(content))
+
+
+def packed(model) -> bytes:
+    """A `ModelT` as the bytes of a file."""
+    import flatbuffers
+
+    builder = flatbuffers.Builder(1024)
+    builder.Finish(model.Pack(builder), IDENTIFIER)
+    return bytes(builder.Output())
+
+
+def fingerprint(content: bytes) -> str:
+    """The same for files that compute the same on the same sizes, whatever their weights and names are."""
+    model = unpacked(content)
+    names = operator_names(model.operatorCodes)
+    text = []
+    for graph in model.subgraphs:
+        for tensor in graph.tensors:
+            data, quantization = model.buffers[tensor.buffer].data, tensor.quantization
+            scales = 0 if quantization is None or quantization.scale is None else len(quantization.scale)
+            text.append(f"{[int(n) for n in tensor.shape]} {tensor.type} {data is None or not len(data)} {scales}")
+        for operator in graph.operators:
+            options = sorted((k, str(v)) for k, v in vars(operator.builtinOptions or _Nothing).items())
+            ends = [[int(t) for t in tensors] for tensors in (operator.inputs, operator.outputs)]
+            text.append(f"{names[operator.opcodeIndex]} {options} {ends}")
+    return hashlib.sha256("\n".join(text).encode()).hexdigest()[:20]
+
+
+class _Nothing:
+    """The options of an operator that has none."""
+
+
+def operator_names(codes) -> list[str]:
+    """The name of each of a file's operator codes (of the schema's `OperatorCodeT`); a custom one is "CUSTOM:name"."""
+    known = {code: name for name, code in vars(schema().BuiltinOperator).items() if isinstance(code, int)}
+    # Codes up to 127 may stand in the older field alone.
+    numbers = [max(code.builtinCode, code.deprecatedBuiltinCode) for code in codes]
+    return [
+        f"CUSTOM:{code.customCode.decode()}" if code.customCode else known.get(number, f"UNKNOWN:{number}")
+        for code, number in zip(codes, numbers, strict=True)
+    ]
 
 
 def operators(content: bytes) -> dict[str, int]:
@@ -30,15 +90,8 @@ def operators(content: bytes) -> dict[str, int]:
 
     These are the file's own operators: what a delegate such as XNNPACK fuses at run time is not seen here.
     """
-    schema, model = _schema(), root(content)
-    known = {code: name for name, code in vars(schema.BuiltinOperator).items() if isinstance(code, int)}
-    names = []
-    for index in range(model.OperatorCodesLength()):
-        code = model.OperatorCodes(index)
-        # Codes up to 127 may stand in the older field alone.
-        number = max(code.BuiltinCode(), code.DeprecatedBuiltinCode())
-        custom = code.CustomCode()
-        names.append(f"CUSTOM:{custom.decode()}" if custom else known.get(number, f"UNKNOWN:{number}"))
+    model, codes = root(content), schema().OperatorCodeT
+    names = operator_names([codes.InitFromObj(model.OperatorCodes(k)) for k in range(model.OperatorCodesLength())])
     count = Counter()
     for index in range(model.SubgraphsLength()):
         graph = model.Subgraphs(index)

@@ -5,16 +5,17 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from keras_prune.cli import arguments
 
-def main(arguments: Sequence[str] | None = None) -> int:
+
+def main(words: Sequence[str] | None = None) -> int:
     """Exit status: 0 done, 1 the network could not be proved equal, 2 bad input."""
     parser = _parser()
-    given = parser.parse_args(arguments)
+    given = parser.parse_args(words)
     if not hasattr(given, "run"):
         parser.print_help()
         return 2
@@ -67,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--unsafe", action="store_true", help="run code stored in the file (Lambda layers)")
         return sub
 
-    _demo_arguments(
+    arguments.demo_arguments(
         command(_demo, "train, prune, strip, export and compare on real images; no network needed", "--sparsity 0.6")
     )
-    _compress_arguments(
+    arguments.compress_arguments(
         command(
             _compress,
             "a smaller network in minutes: no labels, no training",
@@ -97,79 +98,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     compare.add_argument("other", help="the second .keras or .h5 file")
     for sub in (plan, prune):
-        _sentence(sub)
-        _protect(sub)
+        arguments.sentence(sub)
+        arguments.goal(sub)
+        arguments.protect(sub)
         sub.add_argument("--seed", type=int, help="for --criterion random")
     return parser
-
-
-def _demo_arguments(demo) -> None:
-    demo.add_argument("--output", default="demo_output", help="folder for all files")
-    demo.add_argument(
-        "--dataset",
-        default="fashion_mnist_subset",
-        help="the set inside the package, NAME.npz in --data-dir, or a tensorflow_datasets name such as cifar10",
-    )
-    demo.add_argument("--data-dir", help="folder with data; else the environment variable KERAS_PRUNE_DATA")
-    demo.add_argument("--epochs", type=int, default=8, help="of the unpruned and of the pruned network alike")
-    demo.add_argument("--tune-epochs", type=int, default=3, help="how many of them come after the strip")
-    demo.add_argument("--fraction", type=float, default=1.0, help="of the images")
-    demo.add_argument("--seed", type=int, default=0, help="of initial weights and order of images")
-    _sentence(demo, measure=False)
-    demo.set_defaults(budget="uniform")
-
-
-def _compress_arguments(sub) -> None:
-    sub.add_argument("output", help="the .keras file to write")
-    sub.add_argument(
-        "--images",
-        required=True,
-        metavar="SOURCE",
-        help="a folder of images, an .npz or .npy file, or tfds:NAME; unlabelled, a few hundred are enough",
-    )
-    sub.add_argument(
-        "--target",
-        nargs="+",
-        default=["macs=0.5"],
-        metavar="MEASURE=LIMIT",
-        help="what may be left of macs, params or memory: a fraction below 1 or a number; several are all met",
-    )
-    sub.add_argument("--preprocess", help="none, unit, signed, imagenet or caffe, if the model does not do it itself")
-    sub.add_argument("--labels", help="'folders', or a file of labels (.csv, .npy): only to print the accuracy")
-    sub.add_argument("--key", help="name of the array in an .npz file")
-    sub.add_argument("--count", type=int, default=512, help="how many images are used, chosen at random")
-    sub.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
-    sub.add_argument("--search", type=_minutes, default=0.0, metavar="TIME", help="look for better widths, e.g. 2m")
-    sub.add_argument("--distill", type=_minutes, default=0.0, metavar="TIME", help="then learn from the original, 10m")
-    sub.add_argument("--tflite", metavar="FILE", help="also write a .tflite file")
-    sub.add_argument("--recipe", default="float32", help="of the .tflite file: float32, float16, dynamic_int8, int8")
-    sub.add_argument("--report", metavar="FILE", help="write the figures as JSON; default: beside the output")
-    sub.add_argument("--data-dir", help="folder with data for tfds:NAME")
-    sub.add_argument("--seed", type=int, default=0, help="of the choice of images and positions")
-    _protect(sub)
-
-
-def _minutes(text: str) -> float:
-    """'90s', '10m', '1h' or plain minutes."""
-    match = re.fullmatch(r"(\d+(?:\.\d*)?)([smh]?)", text.strip())
-    if not match:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a time such as 90s, 10m or 1h")
-    return float(match[1]) * {"s": 1 / 60, "m": 1, "": 1, "h": 60}[match[2]]
-
-
-def _protect(sub) -> None:
-    sub.add_argument(
-        "--protect", nargs="*", default=[], help="layers, or patterns such as 'head_*', that keep their width"
-    )
-
-
-def _sentence(parser, measure: bool = True) -> None:
-    parser.add_argument("--sparsity", type=float, default=0.5, help="fraction to remove, in [0, 1)")
-    if measure:
-        parser.add_argument("--measure", default="macs", help="macs, params, memory, units")
-    parser.add_argument("--criterion", default="l2", help="l1, l2, linf, fpgm, bn_scale, random")
-    parser.add_argument("--budget", default="global", help="global, uniform")
-    parser.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
 
 
 def _loaded(path: str, unsafe: bool):
@@ -214,7 +147,7 @@ def _compress(given) -> int:
         if path:
             files.check_writable(path)
     _check_suffix(given.output, ".keras")
-    target = _targets(given.target)
+    target = _numbers(given.target)
     if given.tflite:
         import tflite_export
         from tflite_export import recipes
@@ -238,7 +171,7 @@ def _compress(given) -> int:
     small, report = compression.compress(
         model,
         read.x,
-        target=target,
+        target=_measures(given, model, target),
         labels=read.y,
         round_to=given.round_to,
         protect=given.protect,
@@ -276,7 +209,7 @@ def _check_suffix(path: str, suffix: str) -> None:
         raise ValueError(f"{path}: expected a {suffix} file; give a name that ends so.")
 
 
-def _targets(texts: Sequence[str]) -> dict[str, float]:
+def _numbers(texts: Sequence[str]) -> dict[str, float]:
     targets = {}
     for text in texts:
         name, _, value = text.partition("=")
@@ -285,6 +218,34 @@ def _targets(texts: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise ValueError(f"--target {text}: expected MEASURE=LIMIT, for example macs=0.5.") from None
     return targets
+
+
+_OF_A_FILE = ("latency_ms", "tflite_bytes", "arena_bytes")
+
+
+def _measures(given, model, target: dict[str, float]) -> dict:
+    """The same limits; those of a .tflite file with the measure for this device and recipe in place of the name."""
+    found = {}
+    for name, limit in target.items():
+        measure = _measure(given, model, name)
+        if measure is not name and limit < 1 and name != "latency_ms":
+            raise ValueError(f"--target {name}={limit:g}: expected bytes, a number from 1 up.")
+        found[measure] = limit
+    return found
+
+
+def _measure(given, model, name: str):
+    if name not in _OF_A_FILE:
+        return name
+    import tflite_export
+
+    shape = tuple(int(n) for n in given.input_shape.split(",")) if given.input_shape else None
+    options = {"recipe": given.recipe, "input_shape": shape}
+    if name == "tflite_bytes":
+        return tflite_export.FileBytes(model, **options)
+    if name == "arena_bytes":
+        return tflite_export.ArenaBytes(model, **options)
+    return tflite_export.LatencyTable(given.device, model, **options, progress=sys.stderr.isatty() and not given.json)
 
 
 def _inspect(given) -> int:
@@ -324,10 +285,12 @@ def _planned(given):
         raise ValueError("criterion pfp needs data: call keras_prune.plan(model, criterion='pfp', data=x) in Python.")
     if given.criterion == "obs":
         raise ValueError("criterion obs looks at data: use keras-prune compress ... --images folder/.")
+    model = _loaded(given.model, given.unsafe)
     return plan(
-        _loaded(given.model, given.unsafe),
+        model,
         given.sparsity,
-        measure=given.measure,
+        target=_measures(given, model, _numbers(given.target)) if given.target else None,
+        measure=_measure(given, model, given.measure),
         criterion=given.criterion,
         budget=given.budget,
         round_to=given.round_to,
