@@ -1,5 +1,7 @@
 """What is converted, what is refused and how, and that the model stays as it was."""
 
+import logging
+
 import keras
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from test_export_zoo import attention, convnet, embedding, images, recurrent, tw
 
 import tflite_export as te
 from tflite_export.convert import in_float32
+from tflite_export.silence import quiet
 
 
 def message(error, call, *arguments, **options):
@@ -37,6 +40,15 @@ def test_nothing_is_printed_and_the_streams_are_put_back(capfd):
     assert captured.out == captured.err == ""
     print("back")
     assert capfd.readouterr().out == "back\n"
+
+
+def test_a_logger_that_was_set_up_in_silence_speaks_afterwards(capsys):
+    logger = logging.getLogger("made in silence")
+    with quiet():
+        logger.addHandler(logging.StreamHandler())
+        logger.warning("not heard")
+    logger.warning("heard")
+    assert capsys.readouterr().err == "heard\n"
 
 
 def test_mixed_precision_is_compared_and_computed_in_float32(tmp_path):
@@ -131,15 +143,28 @@ def test_recurrent_layers_are_quantised_unrolled_only():
     assert te.compare(recurrent(), te.to_tflite(recurrent(), "dynamic_int8")).relative_error < 0.15
 
 
-@pytest.mark.parametrize(
-    "make, recipe, words",
-    [(attention, "int16x8", ["NEG", "LayerNormalization", "int8"]), (embedding, "int16x8", ["integer inputs", "int8"])],
-)
-def test_a_recipe_that_lacks_a_kernel_says_so_in_one_sentence(make, recipe, words):
+@pytest.mark.parametrize("make, words", [(attention, ["NEG", "LayerNormalization"]), (embedding, ["integer inputs"])])
+def test_without_the_extra_a_recipe_that_lacks_a_kernel_says_so_in_one_sentence(make, words, monkeypatch):
+    monkeypatch.setattr("tflite_export.quantizer.installed", lambda: False)
     model = make()
     data = np.zeros((4, *model.inputs[0].shape[1:]), model.inputs[0].dtype) + 1
-    text = message(ValueError, te.to_tflite, model, recipe, data)
-    assert all(word in text for word in words)
+    text = message(ValueError, te.to_tflite, model, "int16x8", data)
+    assert all(word in text for word in [*words, "int8", "keras_prune[quantizer]"])
+
+
+@pytest.mark.parametrize(
+    "options", [{"recipe": "weight_only_int8"}, {"recipe": "dynamic_int8", "keep_float": "scores"}]
+)
+def test_without_the_extra_what_needs_it_is_refused_and_nothing_written(options, tmp_path, monkeypatch):
+    monkeypatch.setattr("tflite_export.quantizer.installed", lambda: False)
+    text = message(ImportError, te.export, convnet(), tmp_path / "a.tflite", **options)
+    assert "ai-edge-quantizer" in text and "keras_prune[quantizer]" in text and not list(tmp_path.iterdir())
+
+
+def test_int16x8_without_the_extra_goes_through_the_converter(monkeypatch):
+    monkeypatch.setattr("tflite_export.quantizer.installed", lambda: False)
+    content = te.to_tflite(convnet(), "int16x8", images(50))
+    assert te.compare(convnet(), content, images(50)).relative_error < 0.05
 
 
 def test_indices_as_floats_are_not_quantised():

@@ -3,9 +3,11 @@
 import dataclasses
 import json
 import os
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 from test_export_zoo import convnet, images
 
@@ -48,12 +50,12 @@ def test_generated_inputs_are_called_generated(tmp_path):
 def test_a_path_that_cannot_be_written_is_refused_before_conversion(path, error, word, tmp_path, monkeypatch):
     (tmp_path / "folder.tflite").mkdir()
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr("tflite_export.exporter.to_tflite", lambda *_, **__: pytest.fail("was converted"))
+    monkeypatch.setattr("tflite_export.exporter.converted", lambda *_, **__: pytest.fail("was converted"))
     with pytest.raises(error, match=word):
         te.export(convnet(), tmp_path / path)
 
 
-@pytest.mark.parametrize("stage", ["to_tflite", "compare", "measure_latency"])
+@pytest.mark.parametrize("stage", ["converted", "compare", "measure_latency"])
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
 def test_a_failure_leaves_the_old_file_and_nothing_else(stage, error, tmp_path, monkeypatch):
     def fail(*_, **__):
@@ -118,3 +120,39 @@ def test_public_names_exist_and_unknown_ones_are_named():
     assert all(getattr(te, name) for name in te.__all__) and set(te.__all__) <= set(dir(te))
     with pytest.raises(AttributeError, match="exprot.*export"):
         te.exprot  # noqa: B018
+
+
+def with_zeros(fraction):
+    model = convnet(width=64)
+    for weight in model.weights:
+        if len(weight.shape) > 1:
+            values = weight.numpy()
+            weight.assign(np.where(np.abs(values) <= np.quantile(np.abs(values), fraction), 0, values))
+    return model
+
+
+@pytest.mark.parametrize("recipe", ["float32", "float16"])
+def test_zeros_are_stored_encoded_where_that_is_smaller(recipe, tmp_path):
+    model = with_zeros(0.9)
+    dense = te.export(model, tmp_path / "a.tflite", recipe, runs=0)
+    report = te.export(model, tmp_path / "a.tflite", recipe, sparse=True, runs=3)
+    assert report.bytes < 0.4 * dense.bytes and "DENSIFY" in report.operators and report.within_tolerance
+    assert f"{report.bytes} bytes, {dense.bytes} without it" in report.notes[0]
+    assert re.search(r"the time is \d\.\d\d of the dense file's \d", report.notes[0])
+    again = te.export(model, tmp_path / "a.tflite", recipe, sparse=True, runs=0)
+    assert "no gain in speed" in again.notes[0] and again.bytes == report.bytes
+    assert (tmp_path / "a.tflite").read_bytes() == te.to_tflite(model, recipe, sparse=True)
+
+
+def test_a_network_without_zeros_stays_dense(tmp_path):
+    report = te.export(with_zeros(0), tmp_path / "a.tflite", sparse=True, runs=0)
+    assert "stored dense" in report.notes[0] and "DENSIFY" not in report.operators
+
+
+@pytest.mark.parametrize("recipe", ["int8", "weight_only_int8"])
+def test_encoded_int8_weights_are_refused_since_they_do_not_run(recipe, tmp_path):
+    if recipe == "weight_only_int8":
+        pytest.importorskip("ai_edge_quantizer")
+    with pytest.raises(ValueError, match=f"sparse=True was passed with recipe='{recipe}'.*float32"):
+        te.export(with_zeros(0.9), tmp_path / "a.tflite", recipe, images(8), sparse=True)
+    assert not list(tmp_path.iterdir())

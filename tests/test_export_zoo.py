@@ -9,6 +9,7 @@ if keras.backend.backend() != "tensorflow":
     pytest.skip("tflite_export converts on Keras's TensorFlow backend only", allow_module_level=True)
 
 import tflite_export as te
+from tflite_export.inputs import generate, model_inputs
 
 RANDOM = np.random.default_rng(0)
 
@@ -129,9 +130,36 @@ def test_exported_file_computes_what_keras_computes(name, tmp_path):
     assert all(port.shape[0] == 1 for port in report.inputs)
 
 
+def installed(name):
+    """Skips a test of a recipe that needs an extra which is not there."""
+    if te.RECIPES[name].quantizer == "ai-edge":
+        pytest.importorskip("ai_edge_quantizer")
+    return te.RECIPES[name]
+
+
+REFUSED = {("recurrent", "int8"): "unroll=True", ("recurrent", "int16x8"): "unroll=True"}
+
+
+@pytest.mark.parametrize("recipe", te.RECIPES)
+@pytest.mark.parametrize("name", ZOO)
+def test_every_recipe_is_within_its_tolerance_or_refused_in_a_sentence(name, recipe):
+    installed(recipe)
+    if recipe == "int16x8":
+        pytest.importorskip("ai_edge_quantizer")
+    model = ZOO[name]()
+    data = generate(model_inputs(model), 100)
+    if (name, recipe) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[name, recipe]):
+            te.to_tflite(model, recipe, data)
+        return
+    parity = te.compare(model, te.to_tflite(model, recipe, data), data)
+    assert parity.relative_error <= te.RECIPES[recipe].tolerance
+    assert min(output.peak for output in parity.outputs) > 1e-2
+
+
 @pytest.mark.parametrize("name", te.RECIPES)
 def test_every_recipe_keeps_its_tolerance(name, tmp_path):
-    recipe, data = te.RECIPES[name], images(100)
+    recipe, data = installed(name), images(100)
     report = te.export(convnet(), tmp_path / "a.tflite", name, data if recipe.needs_data else None, runs=1)
     assert report.within_tolerance and recipe.name == report.recipe == name
     assert {port.dtype for port in report.inputs + report.outputs} == {recipe.io_dtype}
@@ -142,6 +170,7 @@ def test_every_recipe_keeps_its_tolerance(name, tmp_path):
 
 
 def test_recipes_that_quantise_make_smaller_files():
+    pytest.importorskip("ai_edge_quantizer")
     model, data = convnet(width=32), images(8)
     size = {name: len(te.to_tflite(model, name, data)) for name in te.RECIPES}
     weights = 4 * model.count_params()
@@ -149,3 +178,4 @@ def test_recipes_that_quantise_make_smaller_files():
     assert size["float16"] < 0.75 * size["float32"]
     assert size["dynamic_int8"] < 0.75 * size["float32"]
     assert size["int8"] < 0.75 * size["float32"]
+    assert size["weight_only_int8"] < 0.75 * size["float32"]

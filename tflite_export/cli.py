@@ -1,4 +1,4 @@
-"""Floor 4. The command `tflite-export`: convert, check, bench. Each flag is an argument of the same name."""
+"""Floor 6. The command `tflite-export`: convert, check, bench, compile. Each flag is an argument of the same name."""
 
 import argparse
 import json
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         result, good = options.command(options)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
+    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
         print(f"tflite-export: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     try:
@@ -43,10 +43,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=_FORMATTER,
     )
     parser.add_argument("--version", action="version", version=f"tflite-export {__version__}")
-    commands = parser.add_subparsers(required=True, metavar="convert | check | bench")
+    commands = parser.add_subparsers(required=True, metavar="convert | check | bench | compile")
     _add_convert(commands)
     _add_check(commands)
     _add_bench(commands)
+    _add_compile(commands)
     return parser
 
 
@@ -69,6 +70,14 @@ def _add_convert(commands) -> None:
     parser.add_argument("--float-io", action="store_true", help="keep float32 inputs and outputs with int8 and int16x8")
     parser.add_argument("--allow-flex", action="store_true", help="allow TensorFlow operators the format lacks")
     parser.add_argument("--samples", type=int, default=200, help="samples of --data used at most (default: 200)")
+    parser.add_argument(
+        "--keep-float", nargs="+", default=[], metavar="NAME", help="layers that stay in float32: names, or 'block_*'"
+    )
+    parser.add_argument(
+        "--search-float", type=int, metavar="N", help="find up to N layers that should stay in float32, and keep them"
+    )
+    parser.add_argument("--sparse", action="store_true", help="store zeros in the sparsity encoding if that is smaller")
+    _add_device(parser)
     _add_common(parser, runs=True)
     parser.add_argument("--unsafe", action="store_true", help="load models with Lambda layers: runs code from the file")
     parser.set_defaults(command=_convert)
@@ -91,6 +100,7 @@ def _add_check(commands) -> None:
     parser.add_argument("--tolerance", type=float, help="largest error / largest output (default: the recipe's)")
     parser.add_argument("--allow-flex", action="store_true", help="Flex operators are no problem")
     parser.add_argument("--samples", type=int, default=64, help="samples compared at most (default: 64)")
+    _add_device(parser)
     _add_common(parser, runs=False)
     parser.add_argument("--unsafe", action="store_true", help="load models with Lambda layers: runs code from the file")
     parser.set_defaults(command=_check)
@@ -108,6 +118,30 @@ def _add_bench(commands) -> None:
     parser.add_argument("b", nargs="?", help="another one, to compare")
     _add_common(parser, runs=True)
     parser.set_defaults(command=_bench)
+
+
+def _add_compile(commands) -> None:
+    parser = commands.add_parser(
+        "compile",
+        help="write the file that a device loads: Arm's Ethos-U NPUs, NPUs with their vendor's compiler",
+        description="Compiles a .tflite file for a device and says how it fits: what falls back, latency, bytes.",
+        epilog="Example:\n  tflite-export compile small.tflite --device ethos-u55-128 --out small_vela.tflite",
+        formatter_class=_FORMATTER,
+    )
+    parser.add_argument("path", help="the .tflite file")
+    parser.add_argument("--out", help="the file to write (default: beside the other one, with the device's name)")
+    _add_device(parser, required=True)
+    parser.add_argument("--json", action="store_true", help="print the result as JSON")
+    parser.set_defaults(command=_compile)
+
+
+def _add_device(parser: argparse.ArgumentParser, required: bool = False) -> None:
+    names = "cpu, micro, edgetpu, ethos-u55-128, npu-qualcomm, ...; an unknown name lists all"
+    parser.add_argument("--device", required=required, help=f"what the file is meant for: {names}")
+    parser.add_argument("--system-config", help="of an Ethos-U: clock and memories, a section of Vela's configuration")
+    parser.add_argument("--memory-mode", help="of an Ethos-U: what lies in which memory, a section of the same file")
+    parser.add_argument("--arena-bytes", type=int, help="of micro: RAM for the tensor arena")
+    parser.add_argument("--flash-bytes", type=int, help="of micro: room for the file")
 
 
 def _add_data(parser: argparse.ArgumentParser) -> None:
@@ -138,10 +172,34 @@ def _convert(options):
         float_io=options.float_io,
         allow_flex=options.allow_flex,
         samples=options.samples,
+        keep_float=_kept(options, model, data),
+        sparse=options.sparse,
         threads=options.threads,
         runs=options.runs,
+        device=_device(options),
     )
     return report, report.within_tolerance or report.parity is None
+
+
+def _kept(options, model, data):
+    """The layers that stay in float32: those named, or those found."""
+    if options.search_float is None:
+        return options.keep_float
+    if options.keep_float:
+        raise ValueError("--keep-float and --search-float were passed; expected one of them.")
+    from tflite_export.mixed import search_float
+
+    found = search_float(
+        model,
+        data,
+        options.recipe,
+        at_most=options.search_float,
+        input_shape=_shape(options.input_shape),
+        batch_size=options.batch_size,
+        samples=options.samples,
+    )
+    print(found.reason, file=sys.stderr)
+    return found
 
 
 def _check(options):
@@ -158,6 +216,7 @@ def _check(options):
         allow_flex=options.allow_flex,
         samples=options.samples,
         threads=options.threads,
+        device=_device(options),
     )
     return result, result.ok
 
@@ -168,6 +227,33 @@ def _bench(options):
     if options.b is None:
         return measure_latency(options.a, threads=options.threads, runs=options.runs), True
     return benchmark(options.a, options.b, threads=options.threads, runs=options.runs), True
+
+
+def _compile(options):
+    from tflite_export.devices.compiling import compile_file
+
+    return compile_file(options.path, _device(options), options.out), True
+
+
+def _device(options):
+    """The device that was named, with the settings that were given for it; None without a name."""
+    names = ("system_config", "memory_mode", "arena_bytes", "flash_bytes")
+    settings = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    if options.device is None and not settings:
+        return None
+    from tflite_export.devices import Ethos, Micro, get
+
+    takes = {}
+    if options.device is not None:
+        device = get(options.device)
+        takes = {Ethos: names[:2], Micro: names[2:]}.get(type(device), ())
+    unknown = [name for name in settings if name not in takes]
+    if unknown:
+        flag = "--" + unknown[0].replace("_", "-")
+        raise ValueError(f"{flag} was passed; the device {options.device!r} has no such setting.")
+    if not settings:
+        return device
+    return Ethos(device.name, **settings) if isinstance(device, Ethos) else Micro(**settings)
 
 
 def _shape(text: str | None):

@@ -3,19 +3,20 @@
 import contextlib
 import os
 import platform
-import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib import metadata
-from typing import BinaryIO
 
-from tflite_export.convert import calibration, check_batch_size, in_float32, to_tflite
+from tflite_export.convert import Converted, calibration, check_batch_size, checked_names, converted, in_float32
+from tflite_export.devices import Device, Fit
+from tflite_export.devices import get as get_device
 from tflite_export.inputs import Data, check_model, model_inputs
-from tflite_export.latency import Latency, measure_latency
+from tflite_export.latency import Latency, benchmark, measure_latency
 from tflite_export.parity import DifferentModel, Parity, compare
 from tflite_export.recipes import RECIPES, Recipe, get
 from tflite_export.records import Record, aligned, size_text
 from tflite_export.runner import Port, Runner, check_threads, first_line, read
+from tflite_export.writing import replacing
 
 PARITY_SAMPLES = 64
 
@@ -36,6 +37,7 @@ class Report(Record):
         latency: on this machine; None if runs=0 and for a file with Flex operators.
         notes: what the user should know, one sentence each.
         versions: package -> version.
+        device: how the file fits the device that was asked for; None if none was.
     """
 
     path: str
@@ -49,6 +51,7 @@ class Report(Record):
     latency: Latency | None
     notes: tuple[str, ...]
     versions: dict[str, str]
+    device: Fit | None = None
 
     @property
     def within_tolerance(self) -> bool:
@@ -64,7 +67,7 @@ class Report(Record):
             rows.append(("tolerance", f"{error} is {verdict} the recipe's {self.tolerance:g}"))
         rows += [("note", note) for note in self.notes]
         rows.append(("versions", ", ".join(f"{name} {version}" for name, version in self.versions.items())))
-        return "\n".join([aligned(rows)] + [str(part) for part in (self.parity, self.latency) if part])
+        return "\n".join([aligned(rows)] + [str(part) for part in (self.parity, self.latency, self.device) if part])
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class Check(Record):
         runtime: name and version of the interpreter that loaded the file; "" if none could.
         parity: with the Keras model, if one was passed.
         tolerance: what `parity.relative_error` was held against; None without a model.
+        device: how the file fits the device that was asked for; None if none was.
     """
 
     path: str
@@ -97,6 +101,7 @@ class Check(Record):
     runtime: str = ""
     parity: Parity | None = None
     tolerance: float | None = None
+    device: Fit | None = None
 
     @property
     def ok(self) -> bool:
@@ -109,7 +114,7 @@ class Check(Record):
             rows += [("recipe", self.recipe or "unknown (not written by tflite_export)")]
             rows += _content_rows(self.operators, self.inputs, self.outputs)
             rows += [("quantised", self.quantised), ("runtime", self.runtime)]
-        lines = [aligned(rows)] + ([str(self.parity)] if self.parity else [])
+        lines = [aligned(rows)] + [str(part) for part in (self.parity, self.device) if part]
         lines += [f"problem: {problem}" for problem in self.problems] or ["ok"]
         return "\n".join(lines)
 
@@ -125,8 +130,11 @@ def export(
     float_io: bool = False,
     allow_flex: bool = False,
     samples: int = 200,
+    keep_float: Iterable[str] = (),
+    sparse: bool = False,
     threads: int = 1,
     runs: int = 50,
+    device: str | Device | None = None,
 ) -> Report:
     """Writes a Keras model as a .tflite file and measures it.
 
@@ -136,7 +144,7 @@ def export(
     Args:
         model: a built Functional or Sequential Keras 3 model, on the TensorFlow backend.
         path: ends in ".tflite"; its folder exists.
-        recipe: "float32", "float16", "dynamic_int8", "int8", "int16x8", or a Recipe.
+        recipe: "float32", "float16", "dynamic_int8", "int8", "int16x8", "weight_only_int8", or a Recipe.
         data: typical samples, preprocessed as in training: they calibrate the recipes int8 and int16x8 (which need
             them) and are the inputs of the parity measurement. An array (samples, ...), a list of arrays in the order
             of `model.inputs`, a dict name -> array, a tf.data.Dataset, or an iterable of batches; labels in (x, y) are
@@ -148,12 +156,22 @@ def export(
         allow_flex: let the file use TensorFlow operators that the format lacks; it then needs a runtime with Flex.
         samples: how many samples of `data` calibrate at most; the first 64 of them (or 64 generated ones) measure
             parity.
+        keep_float: names of layers that stay in float32 in an otherwise quantised file, or patterns like "block_*"; a
+            layer inside a nested model is called "inner/conv". `search_float` finds the layers that need it. Goes
+            through ai-edge-quantizer (an extra).
+        sparse: store the zeros of pruned weights in the format's sparsity encoding, where that makes the file smaller;
+            for float32 and float16. The file is unpacked when it is loaded: it is smaller, not faster.
         threads: CPU threads for the latency.
         runs: timed invocations; 0 leaves the latency out.
+        device: what the file is meant for: a name in `tflite_export.DEVICES`, such as "ethos-u55-128", or a Device.
+            The report then says how the file fits it; a file that the device cannot run is an error.
 
     Raises:
-        ValueError, TypeError: what was passed cannot be exported; the message says how to mend it. Nothing was written.
+        ValueError, TypeError: what was passed cannot be exported, or the device cannot run the file; the message says
+            how to mend it. Nothing was written.
         FileNotFoundError, PermissionError, OSError: the path cannot be written. Nothing was converted.
+        ImportError: the recipe, or keep_float, needs ai-edge-quantizer, or the device its compiler, which is not
+            installed. Nothing was written.
         RuntimeError: the converter failed for a reason unknown to this package. Nothing was written.
 
     Example:
@@ -162,24 +180,29 @@ def export(
         (183512, 0.98)
     """
     recipe = get(recipe)
+    target = None if device is None else get_device(device)
     check_model(model)
     check_threads(threads)
     check_batch_size(model, batch_size)
     if not isinstance(runs, int) or isinstance(runs, bool) or runs < 0:
         raise ValueError(f"runs={runs!r} was passed; expected a whole number; 0 leaves the latency out.")
-    with _replacing(path) as file:
+    with replacing(path) as file:
         plain = in_float32(model)
         arrays = calibration(recipe, data, model_inputs(plain, input_shape), samples)
         options = dict(input_shape=input_shape, batch_size=batch_size, float_io=float_io, allow_flex=allow_flex)
-        content = to_tflite(plain, recipe, arrays, **options, samples=samples)
-        runner = Runner(content, threads)
+        made = converted(
+            plain, recipe, arrays, **options, samples=samples, keep_float=checked_names(keep_float), sparse=sparse
+        )
+        fit = None if target is None else _fitting(target, made.content)
+        runner = Runner(made.content, threads)
         parity = latency = None
         if not _flex(runner):
             parity = compare(plain, runner, arrays, input_shape=input_shape, samples=PARITY_SAMPLES)
             latency = measure_latency(runner, runs=runs) if runs else None
-        file.write(content)
-    notes = _notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0)
-    measured = {"parity": parity, "latency": latency, "notes": notes, "versions": _versions()}
+        notes = _notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0)
+        notes += made.notes + _sparse_note(made, threads, runs)
+        file.write(made.content)
+    measured = {"parity": parity, "latency": latency, "notes": notes, "versions": _versions(), "device": fit}
     named = {"path": os.fspath(path), "recipe": recipe.name, "tolerance": recipe.tolerance}
     return Report(**named, **_contents(runner), **measured)
 
@@ -193,6 +216,7 @@ def check(
     allow_flex: bool = False,
     samples: int = PARITY_SAMPLES,
     threads: int = 1,
+    device: str | Device | None = None,
 ) -> Check:
     """Looks into a .tflite file, whoever made it: does it run, what is in it, does it compute what Keras computes.
 
@@ -207,10 +231,12 @@ def check(
         allow_flex: do not count Flex operators as a problem.
         samples: largest number of samples compared.
         threads: CPU threads.
+        device: what the file is meant for; what keeps it from running there is a problem.
 
     Raises:
         FileNotFoundError, OSError: the file cannot be read.
         ValueError, TypeError: bad arguments, model or data.
+        ImportError: the device's compiler or runtime is not installed.
 
     Example:
         >>> check("small.tflite").problems                         # doctest: +SKIP
@@ -219,6 +245,7 @@ def check(
     check_threads(threads)
     if tolerance is not None and not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance!r} was passed; expected a number from 0: largest error / peak.")
+    target = None if device is None else get_device(device)
     if model is not None:
         check_model(model)
     content = read(os.fspath(path))
@@ -238,6 +265,8 @@ def check(
             problems.append(str(error))
         if parity and not parity.relative_error <= tolerance:
             problems.append(f"relative error {parity.relative_error:.3g} against Keras exceeds {tolerance:g}")
+    fit = None if target is None else target.examine(content)
+    problems += [f"{fit.device}: {problem}" for problem in fit.problems] if fit else []
     return Check(
         path=os.fspath(path),
         problems=tuple(problems),
@@ -249,7 +278,15 @@ def check(
         runtime=runner.runtime,
         parity=parity,
         tolerance=None if model is None else tolerance,
+        device=fit,
     )
+
+
+def _fitting(device: Device, content: bytes) -> Fit:
+    fit = device.examine(content)
+    if not fit.runs:
+        raise ValueError(f"The file was not written: {fit.device} cannot run it. {' '.join(fit.problems)}")
+    return fit
 
 
 def _troubles(runner: Runner, flex: tuple[str, ...], allow_flex: bool, with_model: bool) -> list[str]:
@@ -273,34 +310,6 @@ def _contents(runner: Runner) -> dict:
 def _quantised(runner: Runner) -> str:
     sides = {"inputs": runner.inputs, "outputs": runner.outputs}
     return " and ".join(name for name, ports in sides.items() if any(port.scale for port in ports)) or "none"
-
-
-@contextlib.contextmanager
-def _replacing(path: str | os.PathLike) -> Iterator[BinaryIO]:
-    """A new file that takes the place of `path` when the block ends well, and vanishes when it does not."""
-    path = os.fspath(path)
-    folder = os.path.dirname(os.path.abspath(path))
-    if not path.endswith(".tflite"):
-        raise ValueError(f"path={path!r} was passed; expected a name that ends in .tflite.")
-    if os.path.isdir(path):
-        raise IsADirectoryError(f"path={path!r} is a folder; expected the name of a file.")
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"The folder {folder!r} of path={path!r} does not exist; create it first.")
-    temporary = os.path.join(folder, f".{os.path.basename(path)}.{uuid.uuid4().hex[:8]}.part")
-    try:
-        file = open(temporary, "xb")
-    except OSError as error:
-        raise type(error)(
-            f"No file can be written in the folder {folder!r} of path={path!r}: {error.strerror}."
-        ) from error
-    try:
-        with file:
-            yield file
-        os.replace(temporary, path)
-    except BaseException:  # also Ctrl-C
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        raise
 
 
 def _content_rows(
@@ -341,11 +350,25 @@ def _notes(model, plain, runner: Runner, recipe: Recipe, samples: int) -> tuple[
     return tuple(notes)
 
 
+def _sparse_note(made: Converted, threads: int, runs: int) -> tuple[str, ...]:
+    """What the sparsity encoding brought, beside the same file without it."""
+    if made.dense is None:
+        return ()
+    text = f"Zeros are stored in the sparsity encoding: {len(made.content)} bytes, {len(made.dense)} without it"
+    if not runs:
+        return (f"{text}. The runtime unpacks them when it loads the file: no less memory, no gain in speed.",)
+    both = benchmark(made.dense, made.content, threads=threads, runs=runs)
+    return (
+        f"{text}. The runtime unpacks them when it loads the file: no less memory, and the time is {both.ratio:.2f} of "
+        f"the dense file's {both.a.median:.3f} ms.",
+    )
+
+
 def _versions() -> dict[str, str]:
     from tflite_export import __version__
 
     versions = {"tflite_export": __version__, "python": platform.python_version()}
-    for name in ("keras", "tensorflow", "ai-edge-litert", "numpy"):
+    for name in ("keras", "tensorflow", "ai-edge-litert", "ai-edge-quantizer", "numpy"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     return versions

@@ -10,6 +10,7 @@ import numpy as np
 IDENTIFIER = b"TFL3"
 _SIGNATURES = 7  # field number of `signature_defs` in the schema's table `Model`
 _DESCRIPTION = 3
+ALIGNMENT = 16  # bytes; the schema's own rule for the data of a buffer
 _FIELDS = 8  # the fields of `Model` that the converter may write: later ones belong to files with external buffers
 
 NUMPY_TYPES = {
@@ -45,12 +46,35 @@ def unpacked(content: bytes):
 
 
 def packed(model) -> bytes:
-    """A `ModelT` as the bytes of a file."""
+    """A `ModelT` as the bytes of a file, the data of each buffer at a multiple of 16 bytes."""
     import flatbuffers
 
-    builder = flatbuffers.Builder(1024)
-    builder.Finish(model.Pack(builder), IDENTIFIER)
+    builder, buffers = flatbuffers.Builder(1024), model.buffers
+    model.buffers = [_Aligned(buffer.data) for buffer in buffers]
+    try:
+        builder.Finish(model.Pack(builder), IDENTIFIER)
+    finally:
+        model.buffers = buffers
     return bytes(builder.Output())
+
+
+class _Aligned:
+    """A buffer that the schema's generated code packs like its own, which would forget the alignment."""
+
+    def __init__(self, data):
+        self.data = data
+
+    def Pack(self, builder) -> int:  # noqa: N802 (the name that the generated code calls)
+        data = b"" if self.data is None else np.asarray(self.data, np.uint8).tobytes()
+        if data:
+            builder.StartVector(1, len(data), ALIGNMENT)
+            builder.head -= len(data)
+            builder.Bytes[builder.head : builder.head + len(data)] = data
+            vector = builder.EndVector()
+        schema().BufferStart(builder)
+        if data:
+            schema().BufferAddData(builder, vector)
+        return schema().BufferEnd(builder)
 
 
 def fingerprint(content: bytes) -> str:

@@ -21,6 +21,12 @@ class Recipe:
         op_set: name of the `tf.lite.OpsSet` the file may use.
         io_dtype: dtype of the file's quantised inputs and outputs; "float32" if they stay floats.
         needs_data: whether activations are calibrated on representative data.
+        quantizer: "tensorflow", its converter; "ai-edge", Google's ai-edge-quantizer (an extra), which starts from the
+            float32 file and looks at `activations` and needs_data alone; or "ai-edge or tensorflow": where the extra
+            is not installed, the converter.
+        activations: what a quantised operator computes with, for ai-edge-quantizer: "int8" or "int16" (calibrated, with
+            needs_data=True), "dynamic" (int8, their range taken at each run), or "float32" (only weights are int8). A
+            recipe of the "tensorflow" quantizer names it so that `keep_float` knows; "" if it has no int8 weights.
 
     Example:
         >>> get("int8").needs_data
@@ -35,6 +41,8 @@ class Recipe:
     op_set: str = "TFLITE_BUILTINS"
     io_dtype: str = "float32"
     needs_data: bool = False
+    quantizer: str = "tensorflow"
+    activations: str = ""
 
 
 RECIPES: dict[str, Recipe] = {
@@ -56,6 +64,7 @@ RECIPES: dict[str, Recipe] = {
             "int8 weights, activations quantised while it runs. Needs no data. Weights under 1024 numbers stay float."
         ),
         tolerance=0.15,
+        activations="dynamic",
     ),
     "int8": Recipe(
         name="int8",
@@ -64,6 +73,7 @@ RECIPES: dict[str, Recipe] = {
         op_set="TFLITE_BUILTINS_INT8",
         io_dtype="int8",
         needs_data=True,
+        activations="int8",
     ),
     "int16x8": Recipe(
         name="int16x8",
@@ -72,6 +82,15 @@ RECIPES: dict[str, Recipe] = {
         op_set="EXPERIMENTAL_TFLITE_BUILTINS_ACTIVATIONS_INT16_WEIGHTS_INT8",
         io_dtype="int16",
         needs_data=True,
+        quantizer="ai-edge or tensorflow",
+        activations="int16",
+    ),
+    "weight_only_int8": Recipe(
+        name="weight_only_int8",
+        summary="int8 weights, float32 arithmetic: a quarter of the bytes, no data, small errors. Needs [quantizer].",
+        tolerance=0.1,
+        quantizer="ai-edge",
+        activations="float32",
     ),
 }
 

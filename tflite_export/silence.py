@@ -1,6 +1,7 @@
 """Floor 0. Keeps what TensorFlow's C++ code prints during a conversion off the user's terminal."""
 
 import contextlib
+import logging
 import os
 import sys
 import tempfile
@@ -18,6 +19,7 @@ def quiet() -> Iterator[None]:
     kept = {}
     with contextlib.ExitStack() as stack:
         sink = stack.enter_context(tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace"))
+        stack.callback(_give_back, sink)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(Exception):  # a notebook's or pythonw's stream may be None or closed
                 stream.flush()
@@ -35,3 +37,11 @@ def quiet() -> Iterator[None]:
             for descriptor, copy in kept.items():
                 os.dup2(copy, descriptor)
                 os.close(copy)
+
+
+def _give_back(sink) -> None:
+    """Log handlers that were made in the block write to stderr: TensorFlow makes its own at its first warning."""
+    loggers = [each for each in logging.root.manager.loggerDict.values() if isinstance(each, logging.Logger)]
+    for handler in (handler for logger in [logging.root, *loggers] for handler in logger.handlers):
+        if getattr(handler, "stream", None) is sink:
+            handler.setStream(sys.stderr)
