@@ -23,12 +23,16 @@ class Curve:
         value: function (step) -> sparsity.
         begin: before this step nothing is pruned.
         stop: from this step on the value no longer changes.
+        every: steps between two changes, where the schedule itself says so; else None.
+        unit: what its steps are, "batch" or "epoch", where the schedule itself says so; else "".
     """
 
     name: str
     value: Callable[[int], float]
     begin: int
     stop: int
+    every: int | None = None
+    unit: str = ""
 
     def __call__(self, step: int) -> float:
         return 0.0 if step < self.begin else float(self.value(min(step, self.stop)))
@@ -146,12 +150,44 @@ SCHEDULES = {
 }
 
 
+def from_tfmot(schedule) -> Curve:
+    """A schedule of tensorflow-model-optimization (PolynomialDecay, ConstantSparsity or a class like these).
+
+    Those objects count batches and give a pair of tensors: whether to prune in this step, and the sparsity. They change
+    it each `frequency` batches from `begin_step` to `end_step`, so the pruner takes `unit="batch"` and
+    `every=frequency`. One difference: here the last value is also applied if `end_step` is no such batch.
+
+    Args:
+        schedule: called with a step; has the attributes begin_step, end_step (-1: never ends) and frequency.
+
+    Raises:
+        ValueError: its sparsities are not in [0, 1).
+    """
+    begin, frequency = int(schedule.begin_step), int(schedule.frequency)
+
+    def value(step: int) -> float:
+        turn = step if step == stop else begin + (step - begin) // frequency * frequency
+        return round(float(schedule(turn)[1]), 6)  # the tensor is a float32
+
+    stop = int(schedule.end_step) if schedule.end_step >= 0 else begin
+    _check(begin, stop, first=value(begin), last=value(stop))
+    return Curve(type(schedule).__name__, value, begin, stop, every=frequency, unit="batch")
+
+
+def _is_from_tfmot(schedule) -> bool:
+    return all(hasattr(schedule, name) for name in ("begin_step", "end_step", "frequency"))
+
+
 def get(sparsity: float | Mapping[int, float] | Schedule) -> Schedule:
     """A number becomes `constant`, a mapping `steps`; a function stays itself.
+
+    A schedule of tensorflow-model-optimization becomes a Curve: see `from_tfmot`.
 
     Raises:
         ValueError, TypeError: anything else.
     """
+    if callable(sparsity) and _is_from_tfmot(sparsity):
+        return from_tfmot(sparsity)
     if callable(sparsity):
         return sparsity
     if isinstance(sparsity, Mapping):
@@ -189,11 +225,27 @@ def total_steps(unit: str, params: dict) -> int | None:
 
 
 def warn_if_too_short(callback, schedule: Schedule, unit: str) -> None:
-    """Warn if the training ends before the schedule reaches its last value."""
+    """Warn if the training ends before the schedule reaches its last value.
+
+    Raises:
+        ValueError: the schedule counts batches and the callback epochs.
+    """
+    name, every = type(callback).__name__, getattr(schedule, "every", None)
+    if getattr(schedule, "unit", "") not in ("", unit):
+        raise ValueError(
+            f"{name} counts {unit}s, but {schedule.name} counts {schedule.unit}s: write "
+            f'{name}(..., unit="{schedule.unit}", every={every}).'
+        )
+    if every is not None and getattr(callback, "every", every) != every:
+        warnings.warn(
+            f"{name} prunes each {callback.every} {unit}s, but {schedule.name} changes each {every}: write "
+            f"{name}(..., every={every}).",
+            stacklevel=3,
+        )
     end, total = getattr(schedule, "stop", None), total_steps(unit, callback.params)
     if end is not None and total is not None and end >= total:
         warnings.warn(
-            f"{type(callback).__name__}: the schedule reaches its last value at {unit} {end}, but training ends "
+            f"{name}: the schedule reaches its last value at {unit} {end}, but training ends "
             f"after {total} {unit}s: the asked sparsity will not be reached. Lower the schedule's stop.",
             stacklevel=3,
         )
