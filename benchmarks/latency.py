@@ -35,6 +35,7 @@ from networks import cifar_resnet  # noqa: E402
 
 RESULTS = HERE / "results" / "latency.json"
 DOCS = HERE.parent / "docs" / "latency.md"
+README = HERE.parent / "README.md"
 MARKERS = ("<!-- benchmarks/latency.py -->", "<!-- end of latency -->")
 FRACTION = 0.5
 
@@ -45,7 +46,7 @@ WAYS = {
     "half the ms, greedy": lambda channels, table: plan(channels, FRACTION, measure=table, budget="greedy"),
 }
 UNSEEN = list(WAYS)[:2]
-TFMOT = "tfmot, 80 % zeros"
+SPARSE = {"tfmot, 80 % zeros": "dense", "tfmot, 80 % zeros, sparsity encoding": "encoded"}
 
 
 def resnet56(data_dir) -> keras.Model:
@@ -125,34 +126,28 @@ class Rival:
             **self.times(content),
         }
 
-    def sparse_row(self) -> dict:
+    def sparse_row(self, way: str) -> dict:
         """80 % of every kernel set to zero by tfmot, of the same network."""
         with tempfile.TemporaryDirectory() as folder:
-            source, target = Path(folder) / "model.keras", Path(folder) / "sparse.tflite"
+            source = Path(folder) / "model.keras"
             self.model.save(source)
-            child = [sys.executable, __file__, "--tfmot", str(source), str(target)]
-            done = subprocess.run(child, capture_output=True, text=True)
+            done = subprocess.run([sys.executable, __file__, "--tfmot", folder], capture_output=True, text=True)
             if done.returncode:
                 raise RuntimeError(f"tfmot failed: {done.stderr[-2000:]}")
-            content = target.read_bytes()
+            content = (Path(folder) / f"{SPARSE[way]}.tflite").read_bytes()
         zeros = json.loads(done.stdout.splitlines()[-1])["zeros"]
-        return {
-            "macs": 1.0,
-            "params": 1.0,
-            "zeros": zeros,
-            "bytes": len(content) / len(self.whole),
-            **self.times(content),
-        }
+        size = len(content) / len(self.whole)
+        return {"macs": 1.0, "params": 1.0, "zeros": zeros, "bytes": size, **self.times(content)}
 
 
-def tfmot_child(source: str, target: str) -> None:
+def tfmot_child(folder: str) -> None:
     """In a process of its own, since tfmot switches tf.keras: prune by magnitude, strip, convert, count the zeros."""
     import tensorflow as tf
 
     tf.keras.Model  # noqa: B018  stays Keras 3 from here on
     import tensorflow_model_optimization as tfmot
 
-    model = tflite_export.to_tf_keras(keras.models.load_model(source, compile=False))
+    model = tflite_export.to_tf_keras(keras.models.load_model(f"{folder}/model.keras", compile=False))
     schedule = tfmot.sparsity.keras.ConstantSparsity(0.8, begin_step=0, frequency=1)
     pruned = tfmot.sparsity.keras.prune_low_magnitude(model, schedule)
     pruned.compile("sgd", "mse")
@@ -162,7 +157,9 @@ def tfmot_child(source: str, target: str) -> None:
     stripped = tfmot.sparsity.keras.strip_pruning(pruned)
     kernels = [w.numpy() for w in stripped.weights if "kernel" in w.name and w.shape.rank > 1]
     converter = tf.lite.TFLiteConverter.from_keras_model(stripped)
-    Path(target).write_bytes(converter.convert())
+    (Path(folder) / "dense.tflite").write_bytes(converter.convert())
+    converter.optimizations = [tf.lite.Optimize.EXPERIMENTAL_SPARSITY]
+    (Path(folder) / "encoded.tflite").write_bytes(converter.convert())
     print(json.dumps({"zeros": sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)}, default=float))
 
 
@@ -186,7 +183,7 @@ def measure(given, rows: dict) -> dict:
     networks = {"tiny": tiny_network} if given.tiny else NETWORKS
     for network, recipe, device in cases(given.tiny):
         ways = [*WAYS] + (
-            [TFMOT] if recipe == "float32" and network in ("MobileNetV2", "ResNet-56 (CIFAR)", "tiny") else []
+            [*SPARSE] if recipe == "float32" and network in ("MobileNetV2", "ResNet-56 (CIFAR)", "tiny") else []
         )
         missing = [way for way in ways if f"{network}, {recipe}, {device}, {way}" not in rows]
         if not missing or (given.only and given.only not in (network, device)):
@@ -194,7 +191,7 @@ def measure(given, rows: dict) -> dict:
         keras.utils.set_random_seed(0)
         rival = Rival(networks[network](given.data_dir), recipe, device, 5 if given.tiny else given.rounds)
         for way in missing:
-            row = rival.sparse_row() if way == TFMOT else rival.row(way)
+            row = rival.sparse_row(way) if way in SPARSE else rival.row(way)
             about = {"network": network, "recipe": recipe, "device": rival.device.identity(), "way": way}
             about |= {"table_error": rival.table.error, "table_seconds": rival.seconds}
             about |= {"keras": keras.__version__, "python": platform.python_version()}
@@ -232,23 +229,37 @@ def page(rows: dict) -> str:
             f"A table took {min(seconds.values()):.0f} to {max(seconds.values()):.0f} s, a plan with it "
             f"{max(r['plan_seconds'] for r in here if 'plan_seconds' in r):.0f} s at most."
         )
-    sparse = [row for row in rows.values() if row["way"] == TFMOT]
+    sparse = [row for row in rows.values() if row["way"] in SPARSE]
     if sparse:
         lines += [
             "\n**Single weights set to zero** by tfmot 0.8 (`prune_low_magnitude`, `strip_pruning`), same networks:\n"
         ]
-        lines += ["network | zeros | bytes | time", "---|---:|---:|---:"]
+        lines += ["network | stored | zeros | bytes | time", "---|---|---:|---:|---:"]
         for row in sparse:
             spread = f"{row['ratio_p10']:.2f} to {row['ratio_p90']:.2f}"
-            lines.append(
-                f"{row['network']} | {row['zeros']:.0%} | {row['bytes']:.2f} | **{row['ratio']:.2f}** ({spread})"
-            )
+            start = f"{row['network']} | {SPARSE[row['way']]} | {row['zeros']:.0%} | {row['bytes']:.2f}"
+            lines.append(f"{start} | **{row['ratio']:.2f}** ({spread})")
     return "\n".join(lines)
 
 
+def short(rows: dict) -> str:
+    """The README's table: what half of the MACs and half of the ms are worth, as .tflite files on the CPU."""
+    asked = {"half the MACs": list(WAYS)[1], "half the ms": list(WAYS)[3]}
+    here = [row for row in rows.values() if row["device"].startswith("cpu")]
+    lines = ["network | recipe | ms | " + " | ".join(f"asked for {goal}" for goal in asked), "---|---|---:|---:|---:"]
+    for network, recipe in dict.fromkeys((row["network"], row["recipe"]) for row in here):
+        found = {r["way"]: r for r in here if (r["network"], r["recipe"]) == (network, recipe)}
+        if set(asked.values()) <= set(found):
+            cells = [f"{found[way]['ms']:.2f} ms, x {found[way]['ratio']:.2f}" for way in asked.values()]
+            lines.append(f"{network} | {recipe} | {found[asked['half the ms']]['before_ms']:.2f} | {' | '.join(cells)}")
+    one = here[0]["device"].removeprefix("cpu, ")
+    return "\n".join([*lines, f"\n{one}; medians of rounds in turns, by `python benchmarks/latency.py`."])
+
+
 def write_page(rows: dict) -> None:
-    before, rest = DOCS.read_text().split(MARKERS[0])
-    DOCS.write_text(f"{before}{MARKERS[0]}\n{page(rows)}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
+    for path, text in ((DOCS, page(rows)), (README, short(rows))):
+        before, rest = path.read_text().split(MARKERS[0])
+        path.write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1])[1]}")
 
 
 def main() -> None:
@@ -258,10 +269,10 @@ def main() -> None:
     parser.add_argument("--only", help="one network, or one device")
     parser.add_argument("--tiny", action="store_true")
     parser.add_argument("--table", action="store_true")
-    parser.add_argument("--tfmot", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--tfmot", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.tfmot:
-        return tfmot_child(*given.tfmot)
+        return tfmot_child(given.tfmot)
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() and not given.tiny else {}
     if not given.table:
         rows = measure(given, rows)

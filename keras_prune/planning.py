@@ -136,7 +136,7 @@ class Plan:
         return "\n".join(lines)
 
 
-REFINED = 4
+REFINED = 6
 """How often widths are chosen at most, where a measure was an estimate and is corrected at the widths chosen."""
 TITLES = {"params": "params", "macs": "MACs", "memory": "activation bytes", "latency_ms": "latency, ms"}
 
@@ -242,14 +242,18 @@ def plan(
     measure_function, limits = _goal(channels, sparsity, target, measure_function)
     asked = sparsity if target is None else max(0.0, 1 - 1 / limits(channels))
     choice = Choice(channels, free, free_scores, budget_function, measure_function, int(round_to), already)
+    tried = []
     for _ in range(REFINED):
         if budget == "greedy":
             counts, largest = choice.greedy(functools.partial(limits.excess, channels)), choice.largest()
         else:
             counts, largest = choice.search(asked, at_least=target is not None)
         is_settled = not limits.refine(channels, choice.removed(counts))
+        over = (target is not None or budget == "greedy") and limits.excess(channels, choice.removed(counts)) > 0
+        tried.append((over, abs(asked - choice.sparsity(counts)), counts))
         if is_settled:
             break
+    over, _, counts = min(tried)
     drawn = {} if mode == "deterministic" else choice.drawn(counts, mode, seed)
     reached = choice.sparsity(counts, drawn)
     by, how = name_of(criterion), name_of(budget)

@@ -146,7 +146,7 @@ class Choice:
             ]
         if not is_settled:
             return [
-                "the measure is an estimate; it was corrected at the widths chosen and still moves: is the machine idle?"
+                "the measure is an estimate; it was corrected at the widths chosen, and still moves by more than this"
             ]
         return [
             f"one rounding step of {self.round_to} channels is worth more than 2 points here; lower round_to to come "

@@ -37,6 +37,8 @@ FITTED = 11
 """How many of them, beside the unpruned one."""
 NOISY = 0.1
 """Error of the fit from which everything is timed once more."""
+NEAR = 0.1
+"""How far apart, as a fraction, predictions may be whose errors are held to be alike."""
 RIDGE = 0.01
 """How strongly the factors of the fit are held together."""
 AT_ONCE = 64
@@ -132,8 +134,20 @@ class LatencyTable(FileMeasure):
 
     def _cost(self, alive: np.ndarray) -> float:
         plain = float(self._sums(alive) @ self.factors + self.offset)
-        known = sorted(self._corrections)
-        return plain * float(np.interp(plain, known, [self._corrections[each] for each in known]))
+        return plain * self._correction(plain)
+
+    def _correction(self, plain: float) -> float:
+        """What was measured ÷ predicted: here, else the most of what was found near by, else between those further off.
+
+        Other widths with the same prediction may be off by another factor; with the largest known one a choice that
+        is made again and again comes down to what was asked for.
+        """
+        known = self._corrections
+        if plain in known:
+            return known[plain]
+        near = [factor for at, factor in known.items() if abs(at / plain - 1) < NEAR]
+        places = sorted(known)
+        return max(near) if near else float(np.interp(plain, places, [known[place] for place in places]))
 
     def _sums(self, alive: np.ndarray) -> np.ndarray:
         """ms of the operators timed alone, summed by type."""
