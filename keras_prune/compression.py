@@ -255,7 +255,7 @@ def _as_plan(channels, search: Search, found: list[Curve], limits, round_to, rea
         scores={c.group.index: c.scores() for c in found},
         reasons=reasons,
         notes=notes,
-        measures=[function for function, _ in limits.limits.values()],
+        measures={label: function for label, (function, _) in limits.limits.items()},
     )
 
 

@@ -50,23 +50,8 @@ class Entries:
 
     def remove(self, sparsity: float, together: bool) -> None:
         """Let floor(sparsity * n) entries be gone, of every kernel or of all of them together."""
-        if not together:
-            for name in self.kernels:
-                gone = self.gone[name]
-                gone[self.order(name)[: count_of(sparsity, gone.size)]] = True
-            return
-        scores = np.concatenate([self.scores(name) for name in self.kernels])
-        gone = np.concatenate(list(self.gone.values()))
-        gone[np.argsort(scores, kind="stable")[: count_of(sparsity, gone.size)]] = True
-        ends = np.cumsum([g.size for g in self.gone.values()])[:-1]
-        self.gone = dict(zip(self.kernels, np.split(gone, ends)))
-        empty = [name for name, g in self.gone.items() if g.all()]
-        if empty:
-            warnings.warn(
-                f"budget='global' leaves nothing of the kernel of {', '.join(empty[:5])}: what it makes no longer "
-                "depends on the input. Ask for less, protect these layers, or use budget='uniform'.",
-                stacklevel=2,
-            )
+        for name, leaves in lowest({name: self.scores(name) for name in self.kernels}, sparsity, together).items():
+            self.gone[name] |= leaves
 
     def masks(self) -> list[tuple[keras.Variable, np.ndarray]]:
         return [(v, ~self.gone[name].reshape(tuple(v.shape))) for name, v in self.kernels.items()]
@@ -76,6 +61,28 @@ class Entries:
 
     def some_gone(self) -> bool:
         return any(gone.any() for gone in self.gone.values())
+
+
+def lowest(scores: dict[str, np.ndarray], sparsity: float, together: bool) -> dict[str, np.ndarray]:
+    """{kernel: which entries leave}: the floor(sparsity * n) of the lowest scores, of each kernel or of all."""
+    if not together:
+        return {name: leaves for name, s in scores.items() for leaves in lowest_of([s], sparsity)}
+    found = dict(zip(scores, lowest_of(list(scores.values()), sparsity)))
+    empty = [name for name, leaves in found.items() if leaves.all()]
+    if empty:
+        warnings.warn(
+            f"budget='global' leaves nothing of the kernel of {', '.join(empty[:5])}: what it makes no longer "
+            "depends on the input. Ask for less, protect these layers, or use budget='uniform'.",
+            stacklevel=3,
+        )
+    return found
+
+
+def lowest_of(scores: list[np.ndarray], sparsity: float) -> list[np.ndarray]:
+    """The same, boolean, shaped like the scores; of equal scores the first ones leave."""
+    leaves = np.zeros(sum(s.size for s in scores), bool)
+    leaves[np.argsort(np.concatenate(scores), kind="stable")[: count_of(sparsity, leaves.size)]] = True
+    return np.split(leaves, np.cumsum([s.size for s in scores])[:-1])
 
 
 def count_of(fraction: float, n: int) -> int:
@@ -100,7 +107,7 @@ def kernels_of(channels: Channels, protect: Sequence = ()) -> dict[str, keras.Va
     unknown = [v.path for v in channels.model.trainable_variables if "kernel" in v.name and id(v) not in known]
     if unknown:
         warnings.warn(f"Left out, their layers have no rule: {', '.join(unknown[:5])}.", stacklevel=4)
-    free = [w for w in found if not {id(w.layer), id(_owner(w))} & safe]
+    free = [w for w in found if not {id(w.layer), id(owner_of(w))} & safe]
     if not free:
         raise ValueError(f"{channels.model.name} has no kernel to prune with protect={protect!r}.")
     per_layer = Counter(w.layer.name for w in free)
@@ -111,7 +118,7 @@ def kernels_of(channels: Channels, protect: Sequence = ()) -> dict[str, keras.Va
     return kernels
 
 
-def _owner(weight: Weight) -> keras.layers.Layer:
+def owner_of(weight: Weight) -> keras.layers.Layer:
     """The layer that holds the variable: the one inside a wrapper, or inside an attention."""
     path = weight.name.rpartition(".")[0]
     return attrgetter(path)(weight.layer) if path else weight.layer

@@ -107,13 +107,11 @@ class Limits:
         """How far above the limits, summed over the measures, as fractions of them; 0 where all are met."""
         return sum(max(0.0, function(channels, removed) / limit - 1) for function, limit in self.limits.values())
 
-    def refine(self, channels: Channels, removed: Ids) -> bool:
+    def refine(self, channels: Channels, removed: Ids) -> float | None:
         """Let measures that are estimates look closer at these widths: those with a method `refine(channels, removed)`
-        that returns true ÷ estimated. True if one of them was off by more than `REFINE`."""
-        found = [
-            function.refine(channels, removed) for function, _ in self.limits.values() if hasattr(function, "refine")
-        ]
-        return any(abs(ratio - 1) > REFINE for ratio in found)
+        that returns true ÷ estimated. By what fraction the worst of them was off; None where there is none."""
+        measures = [function for function, _ in self.limits.values() if hasattr(function, "refine")]
+        return max((abs(each.refine(channels, removed) - 1) for each in measures), default=None)
 
     def __str__(self) -> str:
         return " and ".join(f"at most {amount(limit)} {name}" for name, (_, limit) in self.limits.items())
@@ -141,6 +139,8 @@ def limits(channels: Channels, target: dict[str | Measure, float]) -> Limits:
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not value > 0:
             raise ValueError(f"target {label}={value!r}; expected a fraction below 1 to keep, or a number from 1 up.")
         is_fraction = isinstance(name, str) and value < 1 and not name.endswith("_ms")
+        while label in found:  # tables of two devices, say
+            label += "'"
         found[label] = (function, value * function(channels, ()) if is_fraction else float(value))
     return Limits(found)
 

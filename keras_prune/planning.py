@@ -248,9 +248,10 @@ def plan(
             counts, largest = choice.greedy(functools.partial(limits.excess, channels)), choice.largest()
         else:
             counts, largest = choice.search(asked, at_least=target is not None)
-        is_settled = not limits.refine(channels, choice.removed(counts))
+        off = limits.refine(channels, choice.removed(counts))
         over = (target is not None or budget == "greedy") and limits.excess(channels, choice.removed(counts)) > 0
         tried.append((over, abs(asked - choice.sparsity(counts)), counts))
+        is_settled = off is None or off <= metrics.REFINE and not over
         if is_settled:
             break
     over, _, counts = min(tried)
@@ -271,8 +272,8 @@ def plan(
         largest=largest,
         scores=scores,
         reasons=reasons,
-        notes=_notes_of_draws(asked, reached) if drawn else choice.explain(asked, reached, largest, is_settled),
-        measures=[function for function, _ in limits.limits.values()],
+        notes=_notes_of_draws(asked, reached) if drawn else choice.explain(asked, reached, largest, is_settled, over),
+        measures={label: function for label, (function, _) in limits.limits.items()},
         data=inputs if reconstruct else None,
         drawn=drawn,
     )
@@ -326,7 +327,7 @@ def described(
     Args:
         scores, reasons: by group index.
         notes: what there is to say besides.
-        measures: names or functions; totals of functions stand beside those of params, MACs and memory.
+        measures: name -> function; their totals stand beside those of params, MACs and memory.
         data: inputs to reconstruct with, or None.
         drawn: as in Plan.
         said: `sentence`, `asked`, `reached`, `largest`.
@@ -362,9 +363,8 @@ def name_of(choice) -> str:
     return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
 
 
-def _totals(measures) -> dict[str, metrics.Measure]:
-    own = {"params": metrics.params, "macs": metrics.macs, "memory": metrics.memory}
-    return {**own, **{name_of(m): m for m in measures if callable(m)}}
+def _totals(measures: dict[str, metrics.Measure]) -> dict[str, metrics.Measure]:
+    return {"params": metrics.params, "macs": metrics.macs, "memory": metrics.memory, **measures}
 
 
 def _group_plan(group: Group, removed: Ids, scores, note: str) -> GroupPlan:

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 import numbers
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,10 +14,10 @@ import numpy as np
 from keras_prune import budgets, metrics, schedules
 from keras_prune.channels import Channels
 from keras_prune.files import check_writable
-from keras_prune.internals import variables_of
 from keras_prune.planning import Plan, check_mode
 from keras_prune.pruners import FilterPruning, slots_of
-from keras_prune.surgery import copied, optimizer_like, reader_factors, zero_masks
+from keras_prune.rounds import measured, plain, read_curve, restart, write_curve
+from keras_prune.surgery import copied, reader_factors, zero_masks
 
 
 def harmonic(least: float = 0.05) -> tuple[float, ...]:
@@ -159,18 +157,18 @@ class ProvablePruning(FilterPruning):
     def prune(self, step: int) -> None:
         super().prune(step)
         if not self.curve and step > 0:
-            self.curve = self._read_back(step)
+            self.curve = read_curve(self.path, step)
         if not self._starts_round(step):  # a restored run may begin within one
             return
         if self.restart:
-            _restart(self.model.optimizer)
+            restart(self.model.optimizer)
         self.curve.append(
             {
                 "round": step // self.retrain,
                 "epoch": step,
                 "keep": 1 - self.schedule(step),
                 **self.figures(),
-                "pruned": self._measured(),
+                "pruned": measured(self.model, self.validation_data),
                 "retrained": {},
             }
         )
@@ -178,8 +176,8 @@ class ProvablePruning(FilterPruning):
     def on_epoch_end(self, epoch, logs=None):
         super().on_epoch_end(epoch, logs)
         if self.curve:
-            self.curve[-1]["retrained"] = {name: _plain(value) for name, value in (logs or {}).items()}
-            self._write()
+            self.curve[-1]["retrained"] = plain(logs or {})
+            write_curve(self.path, self.curve)
 
     def _reweigh(self, multipliers: np.ndarray) -> None:
         """Multiply what reads the drawn units, and its averages, which take its place at the end (use_ema)."""
@@ -190,37 +188,3 @@ class ProvablePruning(FilterPruning):
 
     def _starts_round(self, step: int) -> bool:
         return step % self.retrain == 0 and step <= self.ends_at()
-
-    def _measured(self) -> dict[str, float]:
-        if self.validation_data is None:
-            return {}
-        x, y, weight = keras.utils.unpack_x_y_sample_weight(self.validation_data)
-        found = self.model.evaluate(x, y, sample_weight=weight, verbose=0, return_dict=True)
-        self.model.reset_metrics()  # the epoch that begins counts from nothing
-        return {name: _plain(value) for name, value in found.items()}
-
-    def _write(self) -> None:
-        if self.path is not None:
-            partial = f"{self.path}.part"
-            Path(partial).write_text(json.dumps(self.curve, indent=1))
-            os.replace(partial, self.path)
-
-    def _read_back(self, step: int) -> list[dict]:
-        """The rounds before this step, of the run that was killed."""
-        if self.path is None or not os.path.isfile(self.path):
-            return []
-        return [entry for entry in json.loads(Path(self.path).read_text()) if entry["epoch"] < step]
-
-
-def _plain(value) -> float | list:
-    """A logged number, or several of them, as JSON has them."""
-    return np.asarray(keras.ops.convert_to_numpy(value), float).tolist()
-
-
-def _restart(optimizer: keras.optimizers.Optimizer) -> None:
-    """The state of a new optimizer of the same kind; the learning rate stays what it is."""
-    new = optimizer_like(optimizer)
-    new.build(variables_of(optimizer))
-    states = [[v for v in o.variables if v.name != "learning_rate"] for o in (optimizer, new)]
-    for mine, fresh in zip(*states):
-        mine.assign(fresh)

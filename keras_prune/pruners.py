@@ -324,7 +324,7 @@ class GradualPruning(FilterPruning):
             total = schedules.total_steps(self.unit, self.params)
             if total is None:
                 raise ValueError(
-                    "GradualPruning counts batches, but fit does not know how many an epoch has; pass "
+                    f"{type(self).__name__} counts batches, but fit does not know how many an epoch has; pass "
                     "stop=, or steps_per_epoch= to fit."
                 )
             self.schedule = self._schedule(max(self.ramp["begin"], int(0.6 * total)))

@@ -81,10 +81,10 @@ class WeightPruning(Pruner):
         self.asked = dict(error=error, data=data, input_norm=input_norm, weights=weights)
         self.fractions: dict[str, float] = {}
         self.bound = None
-        self._entries: Entries | None = None
+        self.entries: Entries | None = None
 
     def begin(self) -> None:
-        self._entries = Entries(self.channels, self.kind, self.protect, self.seed)
+        self.entries = Entries(self.channels, self.kind, self.protect, self.seed)
         self.bound = None
         if self.budget != "lipschitz":
             schedules.warn_if_too_short(self, self.schedule, self.unit)
@@ -94,7 +94,7 @@ class WeightPruning(Pruner):
 
     def masks(self, step: int):
         check_finite(self.model)
-        entries = self._entries
+        entries = self.entries
         if self.budget == "lipschitz":
             if self.bound is None and not (step and entries.some_gone()):  # a restored run keeps what it has
                 self.bound = _remove_within(entries, self.channels, **self.asked)[0]
@@ -107,7 +107,7 @@ class WeightPruning(Pruner):
     def figures(self) -> dict[str, float]:
         if keras.backend.backend() == "jax":  # training keeps its own copy of the weights between callbacks
             self.model.jax_state_sync()
-        values = [keras.ops.convert_to_numpy(v) for v in self._entries.kernels.values()]
+        values = [keras.ops.convert_to_numpy(v) for v in self.entries.kernels.values()]
         nonzero, total = sum(map(np.count_nonzero, values)), sum(value.size for value in values)
         return {"weight_sparsity": float(1 - nonzero / total)}
 

@@ -132,9 +132,9 @@ class Choice:
         step = self.grid(self.groups[k])
         return max(0, math.ceil((below - above) / step))
 
-    def explain(self, asked: float, reached: float, largest: float, is_settled: bool = True) -> list[str]:
-        """Why the sparsity reached is another than that asked for, if it is."""
-        if abs(asked - reached) <= 0.02:
+    def explain(self, asked: float, reached: float, largest: float, is_settled=True, is_over=False) -> list[str]:
+        """Why the sparsity reached is another than that asked for, if it is by 2 points, or beyond a limit."""
+        if abs(asked - reached) <= 0.02 and not is_over:
             return []
         if asked > largest:
             small = [g.name for g in self.groups if len(g) <= self.grid(g)]

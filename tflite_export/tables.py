@@ -208,9 +208,9 @@ class LatencyTable(FileMeasure):
             measured ÷ predicted ms; 1.0 where the file cannot be had at these widths.
         """
         predicted, alive = self(channels, removed), channels.alive(removed)
-        if self.blueprint.fixed:
+        measured = math.nan if self.blueprint.fixed else self._times.beside(self._whole, self.blueprint.cut(alive))
+        if math.isnan(measured):
             return 1.0
-        measured = self._times.beside(self._whole, self.blueprint.cut(alive))
         plain = float(self._sums(alive) @ self.factors + self.offset)
         self._corrections[plain] = measured / plain
         return measured / predicted

@@ -2,6 +2,7 @@
 
 from keras_prune.surgery.cutting import copied, cut, cut_with_twins, reweighed, zeroed
 from keras_prune.surgery.kernels import smaller_kernels
+from keras_prune.surgery.redrawing import drawn_anew
 from keras_prune.surgery.settling import psp_layers, settle, structures_left
 from keras_prune.surgery.stripping import (
     StripReport,
@@ -12,7 +13,7 @@ from keras_prune.surgery.stripping import (
     relative_difference,
     strip,
 )
-from keras_prune.surgery.training import optimizer_like
+from keras_prune.surgery.training import optimizer_like, slot_holder
 from keras_prune.surgery.zeros import dead_units, reader_factors, write_zeros, zero, zero_masks
 
 __all__ = [
@@ -24,6 +25,7 @@ __all__ = [
     "cut",
     "cut_with_twins",
     "dead_units",
+    "drawn_anew",
     "model_inputs",
     "optimizer_like",
     "psp_layers",
@@ -31,6 +33,7 @@ __all__ = [
     "relative_difference",
     "reweighed",
     "settle",
+    "slot_holder",
     "smaller_kernels",
     "structures_left",
     "strip",

@@ -35,7 +35,7 @@ def cut_with_twins(channels: Channels, removed: Ids) -> tuple[keras.Model, dict[
     for group in channels.groups:
         if not alive[group.units].any() and not can_vanish(channels, np.flatnonzero(~alive)):
             raise ValueError(f"removed holds all {len(group)} units of {group.name}; at least one has to stay.")
-    work = _Cut(channels, alive)
+    work = Cut(channels, alive)
     return work.model(), {key: new for key, (_, new) in work.new.items()}
 
 
@@ -63,11 +63,11 @@ def reweighed(channels: Channels, multipliers: np.ndarray) -> keras.Model:
 
 def copied(channels: Channels) -> tuple[keras.Model, dict[int, keras.Variable]]:
     """A full copy of the model, and id(variable) -> its twin in the copy."""
-    whole = _Cut(channels, channels.alive(()))
+    whole = Cut(channels, channels.alive(()))
     return whole.model(), whole.variables
 
 
-class _Cut(Rebuild):
+class Cut(Rebuild):
     """One cut in progress: which units live."""
 
     def __init__(self, channels: Channels, alive: np.ndarray):

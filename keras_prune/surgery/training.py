@@ -48,7 +48,7 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
     new = optimizer_like(old)
     if not old.built:
         return new
-    reference = {id(v): v for v in variables_of(_slot_holder(old))}
+    reference = {id(v): v for v in variables_of(slot_holder(old))}
     if not all(i in variables for i in reference):  # it also trains what is not in the graph: start afresh
         return new
     new_of = [variables[i] for i in reference]
@@ -60,7 +60,7 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
         before = variable
     slot_of: dict[int, keras.Variable] = {}  # id(new slot) -> the old variable it belongs to
     added: set[int] = set()  # ids of the slots of variables that are new
-    holder = _slot_holder(new)
+    holder = slot_holder(new)
     original = holder.add_variable_from_reference
 
     def recording(reference_variable, *args, **kwargs):
@@ -71,7 +71,7 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
             added.add(id(slot))
         return slot
 
-    spared = [variables[i] for i, v in reference.items() if not decays(_slot_holder(old), v)]
+    spared = [variables[i] for i, v in reference.items() if not decays(slot_holder(old), v)]
     if spared:
         holder.exclude_from_weight_decay(var_list=spared)
     holder.add_variable_from_reference = recording
@@ -91,17 +91,17 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
 def optimizer_like(old: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """A new optimizer of the same kind, not built. A schedule of learning rates is the same object: a user's own may
     not be registered, so that it would not come out of a config again."""
-    config, rates = old.get_config(), rates_of(_slot_holder(old))
+    config, rates = old.get_config(), rates_of(slot_holder(old))
     if rates is not None:
         for part in (config, config.get("inner_optimizer", {}).get("config", {})):
             if "learning_rate" in part:
                 part["learning_rate"] = 0.0
     new = type(old).from_config(config)
     if rates is not None:
-        _slot_holder(new).learning_rate = rates
+        slot_holder(new).learning_rate = rates
     return new
 
 
-def _slot_holder(optimizer):
+def slot_holder(optimizer):
     """The optimizer that owns the slots: a loss-scaling one only wraps it."""
     return getattr(optimizer, "inner_optimizer", optimizer)

@@ -1,5 +1,7 @@
 """Floor 1. The file again, or some operators of it, with fewer units."""
 
+import copy
+
 import numpy as np
 
 from tflite_export import flatbuffer
@@ -60,6 +62,9 @@ class Cutter:
         options = raw.builtinOptions
         if isinstance(options, self.schema.ReshapeOptionsT):
             options = self.schema.ReshapeOptionsT(newShape=[int(n) for n in self.tensors[outputs[0]].shape])
+        elif isinstance(options, self.schema.DepthwiseConv2DOptionsT):
+            options = copy.copy(options)
+            options.depthMultiplier = self.tensors[outputs[0]].shape[-1] // self.tensors[inputs[0]].shape[-1]
         return self.schema.OperatorT(
             opcodeIndex=raw.opcodeIndex,
             inputs=inputs,
@@ -129,9 +134,11 @@ class Cutter:
         blueprint, name = self.blueprint, operator.name
         if operator.is_fixed or not self.blueprint.is_size(operator, slot):
             return None
+        if name == "SPLIT_V" and slot == 1:
+            return self._sizes_of_parts(operator)
         out_axes = operator.axes[len(operator.inputs)]
         shape = list(blueprint.shape(operator.outputs[0]))
-        old = shape[-1:]
+        old = shape[-1] if shape else None
         for axis, ids in out_axes.items():
             shape[axis] = self._count(ids)
         if not out_axes:
@@ -144,7 +151,17 @@ class Cutter:
             ids = out_axes[len(shape) - 1]
             values[-1] = self._count(ids[:before]), self._count(ids[len(ids) - after :])
             return values
-        if (name, slot) in (("STRIDED_SLICE", 2), ("SLICE", 2)) and values[-1:] == old:
-            values[-1] = shape[-1]
-            return values
+        if (name, slot) in (("STRIDED_SLICE", 2), ("SLICE", 2)):
+            if len(values) == len(blueprint.shape(operator.inputs[0])) and values[-1] == old:
+                values[-1] = shape[-1]
+                return values
         return None
+
+    def _sizes_of_parts(self, operator) -> np.ndarray | None:
+        tensors, count = self.blueprint.shape, len(operator.inputs)
+        widths = [tensors(t)[-1] for t in operator.outputs]
+        if widths == [tensors(operator.inputs[0])[-1]] * len(widths):  # along another axis
+            return None
+        last = len(tensors(operator.outputs[0])) - 1
+        axes = [operator.axes[count + at].get(last) for at in range(len(widths))]
+        return np.array([n if ids is None else self._count(ids) for n, ids in zip(widths, axes)])

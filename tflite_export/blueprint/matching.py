@@ -21,7 +21,7 @@ class Layout:
         order: its axes, those of the filters first.
         split: how many they are.
         made, read: ids of the filters, and of the last of the others.
-        by_channel: a depthwise convolution's.
+        operator: in whose order of axes it is, DEPTHWISE_CONV_2D's or TRANSPOSE_CONV's; "": that of all others.
     """
 
     values: np.ndarray
@@ -29,15 +29,26 @@ class Layout:
     split: int
     made: Ids
     read: Ids
-    by_channel: bool = False
+    operator: str = ""
 
     @property
     def shape(self) -> tuple[int, int]:
         rows = math.prod(self.values.shape[a] for a in self.order[: self.split])
         return rows, self.values.size // rows
 
+    @property
+    def ids(self) -> Ids:
+        return np.append(self.made, self.read)
+
     def matrix(self) -> np.ndarray:
         return self.values.transpose(self.order).reshape(self.shape)
+
+    def accepts(self, came: Ids | None) -> bool:
+        """Whether what comes in is what it reads, as far as that is known."""
+        read = self.made if self.operator == "DEPTHWISE_CONV_2D" else self.read
+        if came is None or len(came) != len(read):
+            return True
+        return bool(((came == read) | (came == 0) & came.any()).all())
 
 
 class Weights:
@@ -46,24 +57,37 @@ class Weights:
     def __init__(self, channels):
         found = [w for w in channels.weights if ("kernel" in w.name or "embeddings" in w.name) and len(w.axes) > 1]
         self.layouts = [layout for weight in found for layout in _layouts(weight)]
-        self.used: set[int] = set()
+        biases = [w for w in channels.weights if "bias" in w.name and len(w.axes) == 1]
+        self.biases = [np.asarray(weight.variable, np.float32) for weight in biases]
 
-    def find(self, numbers: np.ndarray, name: str) -> tuple[Ids, Ids] | None:
-        """(ids made, ids read) of the weight with these numbers; among equals the first that was not found before."""
-        by_channel = name == "DEPTHWISE_CONV_2D"
-        filters = np.moveaxis(numbers, -1, 0) if by_channel or name in ("CONV_3D", "GATHER") else numbers
+    def find(self, numbers: np.ndarray, name: str, came: Ids | None) -> tuple[Ids, Ids] | None:
+        """(ids made, ids read) of the weight with these numbers; None if there is none, or if equals disagree.
+
+        Args:
+            numbers: the kernel in the file.
+            name: of the operator.
+            came: ids that the operator's input carries; None where they are not known.
+        """
+        filters = np.moveaxis(numbers, -1, 0) if name in ("DEPTHWISE_CONV_2D", "CONV_3D", "GATHER") else numbers
         filters = filters.reshape(len(filters), -1)
-        best = None
-        for place, layout in enumerate(self.layouts):
-            if layout.shape == filters.shape and layout.by_channel == by_channel:
+        width = None if name in ("DEPTHWISE_CONV_2D", "GATHER") else numbers.shape[3 if name == "CONV_3D" else -1]
+        own = name if name in ("DEPTHWISE_CONV_2D", "TRANSPOSE_CONV") else ""
+        found: list[tuple[tuple, Layout]] = []
+        for layout in self.layouts:
+            if layout.shape == filters.shape and layout.operator == own and width in (None, len(layout.read)):
                 score = _cosine(layout.matrix(), filters)
-                key = (round(score, 3), id(layout.values) not in self.used, -place)
-                if score >= MATCH and (best is None or key > best[0]):
-                    best = key, layout
-        if best is None:
+                if score >= MATCH:
+                    found.append(((round(score, 3), layout.accepts(came)), layout))
+        best = [layout for key, layout in found if key == max(key for key, _ in found)]
+        if not best or any(not np.array_equal(best[0].ids, other.ids) for other in best):
             return None
-        self.used.add(id(best[1].values))
-        return best[1].made, best[1].read
+        return best[0].made, best[0].read
+
+    def has_bias(self, numbers: np.ndarray) -> bool:
+        """Whether these are the model's numbers, and not what the converter made of them and of others."""
+        near = 0.01 * float(np.abs(numbers).max(initial=0.0))
+        known = [bias for bias in self.biases if bias.shape == numbers.shape]
+        return near == 0 or any(np.abs(bias - numbers).max() <= near for bias in known)
 
 
 def _layouts(weight) -> Iterator[Layout]:
@@ -71,25 +95,28 @@ def _layouts(weight) -> Iterator[Layout]:
     shape, axes, last = values.shape, weight.axes, values.ndim - 1
     front = tuple(range(last - 1))
 
-    yield Layout(values, (last, *front, last - 1), 1, *(_flat([axes[a]], [shape[a]]) for a in (last, last - 1)))
-    if last < 2:
-        return
-    yield Layout(values, (last - 1, *front, last), 1, *(_flat([axes[a]], [shape[a]]) for a in (last - 1, last)))
-    made = _flat(axes[-2:], shape[-2:])
-    yield Layout(values, (last - 1, last, *front), 2, made, made[:0], True)
+    def flat(part) -> Ids | None:
+        return _flat([axes[a] for a in part], [shape[a] for a in part])
+
+    ways = [((last,), (*front, last - 1), flat([last]), flat([last - 1]), "")]
+    if last > 1:
+        ways.append(((last - 1,), (*front, last), flat([last - 1]), flat([last]), "TRANSPOSE_CONV"))
+        ways.append(((last - 1, last), front, flat([last - 1, last]), np.zeros(0, int), "DEPTHWISE_CONV_2D"))
     for split in range(1, last + 1):  # attention: several axes come in or go out at once
         outs, ins = tuple(range(split, last + 1)), tuple(range(split))
-        made, read = (_flat([axes[a] for a in part], [shape[a] for a in part]) for part in (outs, ins))
-        yield Layout(values, (*outs, *ins), len(outs), made, read)
+        ways.append((outs, ins, flat(outs), flat(ins), ""))
+    for outs, ins, made, read, operator in ways:
+        if made is not None and read is not None:
+            yield Layout(values, (*outs, *ins), len(outs), made, read, operator)
 
 
-def _flat(axes, shape) -> Ids:
-    """The ids on several axes laid out one after the other; 0 where there are none, or on more than one axis."""
+def _flat(axes, shape) -> Ids | None:
+    """The ids on several axes laid out one after the other; None where more than one of them has ids."""
     labelled = [a for a, ids in enumerate(axes) if ids is not None]
-    if len(labelled) != 1:
-        return np.zeros(math.prod(shape), int)
-    view = np.asarray(axes[labelled[0]]).reshape([-1 if a == labelled[0] else 1 for a in range(len(shape))])
-    return np.broadcast_to(view, shape).ravel()
+    if len(labelled) > 1:
+        return None
+    view = np.zeros(1, int) if not labelled else np.asarray(axes[labelled[0]])
+    return np.broadcast_to(view.reshape([-1 if [a] == labelled else 1 for a in range(len(shape))]), shape).ravel()
 
 
 def _cosine(a: np.ndarray, b: np.ndarray) -> float:
@@ -99,3 +126,21 @@ def _cosine(a: np.ndarray, b: np.ndarray) -> float:
     if not there.any():
         return 1.0 if not a.any() and not b.any() else 0.0
     return float(np.mean(np.abs((a[there] * b[there]).sum(1)) / lengths[there]))
+
+
+def fits(name: str, came: Ids, made: Ids, read: Ids) -> bool:
+    """Whether a kernel that makes and reads these units computes on what comes in."""
+    if name == "DEPTHWISE_CONV_2D":
+        by_channel = made.reshape(len(came), -1)
+        is_free = not came.any() and bool((np.sort(by_channel, 1) == np.sort(by_channel[0])).all())
+        return is_free or bool((by_channel == came[:, None]).all())
+    if len(came) == len(read):
+        return np.array_equal(came, read)
+    if not came.any() and not read.any() and not made.any():
+        return True
+    if len(came) % len(read) or len(made) % (len(came) // len(read)):
+        return False
+    ins, outs = (ids.reshape(len(came) // len(read), -1) for ids in (came, made))  # one row for each group
+    if (ins == read).all():  # the same channels of every group leave
+        return bool((np.sort(outs, 1) == np.sort(outs[0])).all())
+    return not read.any() and bool((ins == outs[:, :1]).all() and (outs == outs[:, :1]).all())  # whole groups leave

@@ -8,22 +8,24 @@ import numpy as np
 
 from tflite_export import flatbuffer
 from tflite_export.blueprint.cutting import Cutter
-from tflite_export.blueprint.matching import Weights
+from tflite_export.blueprint.matching import Weights, fits
 
 Ids = np.ndarray
 
 KERNELS = {"CONV_2D": 1, "DEPTHWISE_CONV_2D": 1, "FULLY_CONNECTED": 1, "TRANSPOSE_CONV": 1, "CONV_3D": 1, "GATHER": 0}
 """Operators that hold weights -> place of the kernel among their inputs."""
 SAME_WIDTH = frozenset(
-    "ABS ADD AVERAGE_POOL_2D CAST DEQUANTIZE DIV ELU EXP EXPAND_DIMS FAKE_QUANT FLOOR GELU HARD_SWISH LEAKY_RELU LOG "
-    "LOGISTIC MAXIMUM MAX_POOL_2D MEAN MINIMUM MIRROR_PAD MUL NEG PAD PADV2 POW PRELU QUANTIZE RELU RELU6 RELU_N1_TO_1 "
-    "RESIZE_BILINEAR RESIZE_NEAREST_NEIGHBOR RSQRT SIN COS SLICE SOFTMAX SQRT SQUARE SQUARED_DIFFERENCE SQUEEZE "
-    "STRIDED_SLICE SUB SUM TANH TILE REDUCE_MAX REDUCE_MIN".split()
+    "ABS ADD AVERAGE_POOL_2D CAST DEQUANTIZE DIV ELU EQUAL EXP EXPAND_DIMS FAKE_QUANT FLOOR GELU GREATER GREATER_EQUAL "
+    "HARD_SWISH LEAKY_RELU LESS LESS_EQUAL LOG LOGICAL_AND LOGICAL_NOT LOGICAL_OR LOGISTIC MAXIMUM MAX_POOL_2D MEAN "
+    "MINIMUM MIRROR_PAD MUL NEG NOT_EQUAL PAD PADV2 POW PRELU QUANTIZE RELU RELU6 RELU_N1_TO_1 RESIZE_BILINEAR "
+    "RESIZE_NEAREST_NEIGHBOR RSQRT SELECT SELECT_V2 SIN COS SLICE SOFTMAX SQRT SQUARE SQUARED_DIFFERENCE SQUEEZE "
+    "STRIDED_SLICE SUB SUM TANH TILE TRANSPOSE REDUCE_MAX REDUCE_MIN".split()
 )
 """Operators whose output carries on its last axis what their inputs carry there, if the axis keeps its length."""
+REDUCES = frozenset("MEAN SUM REDUCE_MAX REDUCE_MIN".split())
 SAYS_SIZES = frozenset(
     "EXPAND_DIMS GATHER MEAN MIRROR_PAD PAD PADV2 REDUCE_MAX REDUCE_MIN RESHAPE RESIZE_BILINEAR "
-    "RESIZE_NEAREST_NEIGHBOR SLICE STRIDED_SLICE SUM TILE".split()
+    "RESIZE_NEAREST_NEIGHBOR SLICE SPLIT_V STRIDED_SLICE SUM TILE TRANSPOSE".split()
 )
 """Operators whose constants say sizes, axes or positions rather than being computed with."""
 SCALE_BYTES = 12
@@ -81,6 +83,9 @@ class Blueprint:
     Attributes:
         operators: in the order in which they run.
         unknown: kernels of the file that are no weight of the model, by name of their output.
+        folded: operators with a bias that is none of the model's, by name of their output. The converter adds constants
+            of layers around a fully connected one into its bias; of units that come in, too. With other widths such a
+            file has the right sizes, but may compute other numbers than the converted model of those widths.
 
     Raises:
         ValueError: the file has control flow.
@@ -95,7 +100,10 @@ class Blueprint:
             )
         self.graph = self.model.subgraphs[0]
         self.unknown: list[str] = []
-        self._carried: dict[int, Ids] = {}  # tensor -> ids on its last axis
+        self.folded: list[str] = []
+        self._carried: dict[int, Ids] = {}  # tensor -> ids on its last axis, as soon as they are known
+        self._carried = {int(tensor): self._carries(int(tensor)) for tensor in self.graph.inputs}
+        self._matched: dict[int, tuple[Ids, Ids]] = {}  # operator -> what its kernel makes and reads
         names = flatbuffer.operator_names(self.model.operatorCodes)
         self.makers: dict[int, int] = {}
         self.operators: list[Operator] = []
@@ -169,19 +177,21 @@ class Blueprint:
             found = self._label_kernel(operator, weights)
         elif name == "CONCATENATION":
             found = self._joined(operator, len(shape))
-        elif name == "RESHAPE" and data:
+        elif name == "RESHAPE" and data and data[0] in self._carried:
             found = _reshaped(self._carries(data[0]), self.shape(data[0]), shape)
         elif name in ("PAD", "PADV2") and data and shape[-1] != self.shape(data[0])[-1]:
             before, after = self.numbers(inputs[1])[-1].astype(int)
             found = np.concatenate([np.zeros(before, int), self._carries(data[0]), np.zeros(after, int)])
-        elif name in ("SPLIT", "SPLIT_V") and data:
+        elif name in ("SPLIT", "SPLIT_V") and data and data[0] in self._carried:
             return self._label_parts(operator, data[0])
-        elif name in SAME_WIDTH:
-            same = [self._carries(t) for t in data if self.shape(t)[-1:] == shape[-1:]]
+        elif name in SAME_WIDTH and not self._drops_last(operator):
             found = None
-            for ids in same:  # a summand's padded channels are those of the other summand
-                found = ids if found is None else np.where(found == 0, ids, found)
-            found = np.zeros(shape[-1] if shape else 1, int) if found is None else found
+            for tensor in data:  # a summand's padded channels are those of the other summand
+                if tensor in self._carried and self.shape(tensor)[-1:] == shape[-1:]:
+                    ids = self._carries(tensor)
+                    found = ids if found is None else np.where(found == 0, ids, found)
+        elif name in REDUCES:
+            found = np.zeros(shape[-1] if shape else 1, int)
         else:
             found = None
         operator.is_fixed = found is None and any(self._carries(t).any() for t in data)
@@ -192,11 +202,15 @@ class Blueprint:
         place = KERNELS[operator.name]
         kernel = operator.inputs[place]
         numbers = self.numbers(kernel)
-        match = None if numbers is None else weights.find(numbers, operator.name)
+        came = [self._carried.get(t) for t in operator.inputs if not self.is_constant(t)]
+        match = None if numbers is None else weights.find(numbers, operator.name, came[0] if came else None)
         if match is None:
             self.unknown.append(self.graph.tensors[operator.outputs[0]].name.decode())
             return None
-        made, read = match
+        made, read = self._matched[operator.index] = match
+        bias = operator.inputs[2] if operator.name == "FULLY_CONNECTED" and len(operator.inputs) > 2 else -1
+        if bias >= 0 and read.any() and not (self.is_constant(bias) and weights.has_bias(self.numbers(bias).ravel())):
+            self.folded.append(self.graph.tensors[operator.outputs[0]].name.decode())
         axes = operator.axes[place]
         if operator.name in ("DEPTHWISE_CONV_2D", "GATHER"):
             axes[len(self.shape(kernel)) - 1] = made
@@ -221,18 +235,73 @@ class Blueprint:
             return self._carries(operator.inputs[0])
         return np.concatenate([self._carries(t) for t in operator.inputs])
 
+    def _drops_last(self, operator: Operator) -> bool:
+        """Whether its last axis is another one than that of its input, even where both are as long."""
+        rank = len(self.shape(operator.inputs[0]))
+        if operator.name in (*REDUCES, "TRANSPOSE", "STRIDED_SLICE") and not all(
+            map(self.is_constant, operator.inputs[1:])
+        ):
+            return True
+        if operator.name in REDUCES:
+            return rank - 1 in self.numbers(operator.inputs[1]).ravel() % max(rank, 1)
+        if operator.name == "TRANSPOSE":
+            return self.numbers(operator.inputs[1])[-1] != rank - 1
+        if operator.name == "STRIDED_SLICE":
+            options = self.graph.operators[operator.index].builtinOptions
+            is_moved = options.shrinkAxisMask >> (rank - 1) or options.ellipsisMask or options.newAxisMask
+            return bool(is_moved) or self.numbers(operator.inputs[3])[-1] != 1
+        return False
+
     def _label_back(self, operator: Operator) -> None:
-        """Padded channels are those that they are added to."""
+        """Padded channels are those that they are added to, or that a kernel reads there."""
         made = self._carries(operator.outputs[0])
-        if operator.name in SAME_WIDTH and made.any():
-            for tensor in operator.inputs:
-                if not self.is_constant(tensor) and self.shape(tensor)[-1:] == (len(made),):
-                    known = self._carries(tensor)
+        if operator.index in self._matched and operator.name not in ("DEPTHWISE_CONV_2D", "GATHER"):
+            made = self._matched[operator.index][1]
+        elif operator.name not in SAME_WIDTH or self._drops_last(operator):
+            return
+        for tensor in operator.inputs:
+            if not self.is_constant(tensor) and self.shape(tensor)[-1:] == (len(made),) and made.any():
+                known = self._carries(tensor)
+                if tensor not in self._carried or known.any():
                     self._carried[tensor] = np.where(known == 0, made, known)
+
+    def _agrees(self, operator: Operator) -> bool:
+        """Whether what its tensors carry, each known on its own, fits what it computes."""
+        name, made = operator.name, self._carries(operator.outputs[0])
+        data = [t for t in operator.inputs if not self.is_constant(t)]
+        came = [self._carries(t) for t in data]
+        if any(self._carries(t).any() for t in operator.outputs if t in self.graph.outputs):
+            return False
+        if not made.any() and not any(ids.any() for ids in came) and operator.index not in self._matched:
+            return True
+        if operator.index in self._matched:
+            return name == "GATHER" or fits(name, came[0], *self._matched[operator.index])
+        if name == "CONCATENATION":
+            return all(len(ids) != len(made) or (ids == made).all() for ids in came) and (
+                len(self._joined(operator, len(self.shape(operator.outputs[0])))) == len(made)
+            )
+        if name == "RESHAPE":
+            return np.array_equal(_reshaped(came[0], self.shape(data[0]), self.shape(operator.outputs[0])), made)
+        if name in ("PAD", "PADV2"):
+            before = int(self.numbers(operator.inputs[1])[-1][0])
+            return np.array_equal(made[before : before + len(came[0])], came[0])
+        if name in ("SPLIT", "SPLIT_V"):
+            parts = [self._carries(t) for t in operator.outputs]
+            if all(np.array_equal(ids, came[0]) for ids in parts):
+                return True
+            is_even = all(np.array_equal(np.sort(ids), np.sort(made)) for ids in parts)
+            return (is_even or name == "SPLIT_V") and np.array_equal(np.concatenate(parts), came[0])
+        if name in REDUCES and self._drops_last(operator):
+            return not made.any()
+        if name not in SAME_WIDTH or self._drops_last(operator):
+            return False
+        return all(np.array_equal(ids, made) if len(ids) == len(made) else len(ids) == 1 for ids in came)
 
     def _settle(self, operator: Operator) -> None:
         """Ids on every axis of every tensor of an operator, once those of the data are known."""
+        operator.is_fixed = operator.is_fixed or not self._agrees(operator)
         if operator.is_fixed:
+            operator.axes = [{} for _ in operator.axes]
             return
         made = self._carries(operator.outputs[0])
         for slot, tensor in enumerate(operator.inputs + operator.outputs):
@@ -265,6 +334,8 @@ class Blueprint:
         """What is stored for every operator: each constant once, with the axes of the first that reads it."""
         seen: set[int] = set()
         for operator in self.operators:
+            if all(self.is_constant(t) for t in operator.outputs):
+                continue  # it unpacks a constant for whoever reads it
             for slot, tensor in enumerate(operator.inputs):
                 if tensor >= 0 and self.is_constant(tensor) and self.stored(tensor) not in seen:
                     seen.add(stored := self.stored(tensor))
@@ -311,7 +382,7 @@ class Blueprint:
         return [operator for operator in self.operators if operator.is_fixed]
 
     def cut(self, alive: np.ndarray, only: Sequence[int] | None = None) -> bytes:
-        """The file, or some operators of it, with the units that are alive.
+        """The file, or some operators of it, with the units that are alive: for timing, without a signature.
 
         Args:
             alive: shape (unit_count,), True = stays.
@@ -333,6 +404,6 @@ def _reshaped(ids: Ids, before: tuple, after: tuple) -> Ids | None:
         return None
     if before[-1] == after[-1]:
         return ids
-    if after[-1] % before[-1] == 0 and math.prod(before[1:]) == after[-1]:
+    if after[-1] % before[-1] == 0:
         return np.tile(ids, after[-1] // before[-1])
     return None if ids.any() else np.zeros(after[-1], int)
