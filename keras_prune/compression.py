@@ -22,7 +22,7 @@ from keras_prune.answers import Exam
 from keras_prune.channels import Channels
 from keras_prune.distillation import DistillReport, distill
 from keras_prune.internals import inputs_of
-from keras_prune.planning import TITLES, Plan, described, name_of, protected
+from keras_prune.planning import REFINED, TITLES, Plan, described, name_of, protected
 from keras_prune.probes import unlabelled
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import reconstruct
@@ -227,10 +227,13 @@ def _curves(channels, inside, some, reasons: dict, already, memory, seed, progre
 
 def _allocated(channels, found: list[Curve], limits, round_to, already) -> Search:
     excess = functools.partial(limits.excess, channels)
-    search = Search(
-        [c.group for c in found], [c.order for c in found], [c.damage for c in found], excess, round_to, already
-    )
-    search.settle()
+    groups, orders, costs = [c.group for c in found], [c.order for c in found], [c.damage for c in found]
+    for _ in range(REFINED):
+        search = Search(groups, orders, costs, excess, round_to, already)
+        search.settle()
+        off = limits.refine(channels, search.leaving(search.counts))
+        if off is None or off <= metrics.REFINE and search.excess(search.counts) <= 0:
+            break
     return search
 
 

@@ -14,6 +14,7 @@ SAYS = {
     "psp_resnet.py": "ms, .tflite",
     "provable_lenet.py": "sums change by at most",
     "compress_without_training.py": "compress         test accuracy",
+    "kws_microcontroller.py": "kws_tflite.h is the C array",
 }
 
 

@@ -143,7 +143,7 @@ def _arena(tensors: list[tuple[int, int, int]]) -> int:
     """
     rounded = [(-(-size // ALIGNMENT) * ALIGNMENT, made, used) for size, made, used in tensors]
     placed: list[tuple[int, int, int, int]] = []  # (begin, end, made, last used)
-    for size, made, used in sorted(rounded, key=lambda each: -each[0]):
+    for size, made, used in sorted(rounded[::-1], key=lambda each: -each[0]):  # of equal ones it takes the last first
         begin = 0
         for other in sorted(each for each in placed if each[2] <= used and each[3] >= made):
             if begin + size <= other[0]:
