@@ -159,7 +159,7 @@ def test_an_interrupted_write_leaves_the_old_file_and_no_rest(tmp_path, monkeypa
 def psp_file(folder):
     """A network one of whose kernels is ragged: half of its columns are pruned."""
     inputs = keras.Input((12, 12, 8))
-    x = PSPConv2D(16, 3, padding="same", structure="column", activation="relu")(inputs)
+    x = PSPConv2D(16, 3, padding="same", structure="column", activation="relu", name="psp_conv2d")(inputs)
     model = keras.Model(inputs, layers.Dense(3)(layers.GlobalAveragePooling2D()(x)))
     alpha = model.layers[1].alphas["column"]
     alpha.assign(np.random.default_rng(0).choice([0.01, 1.0], alpha.shape))
