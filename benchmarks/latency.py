@@ -202,6 +202,18 @@ def measure(given, rows: dict) -> dict:
     return rows
 
 
+def ordered(rows: dict) -> dict:
+    """As they stand in `cases` and `WAYS`, however they came about."""
+    places = {case: place for place, case in enumerate(cases(False))}
+    ways = [*WAYS, *SPARSE]
+
+    def place(row: dict) -> tuple:
+        case = row["network"], row["recipe"], row["device"].partition(",")[0]
+        return places.get(case, len(places)), ways.index(row["way"])
+
+    return dict(sorted(rows.items(), key=lambda item: place(item[1])))
+
+
 def page(rows: dict) -> str:
     """The tables of docs/latency.md."""
     lines = []
@@ -276,6 +288,7 @@ def main() -> None:
     rows = json.loads(RESULTS.read_text()) if RESULTS.exists() and not given.tiny else {}
     if not given.table:
         rows = measure(given, rows)
+    rows = ordered(rows)
     if given.tiny:
         print(page(rows))
     else:
