@@ -50,7 +50,7 @@ def packed(model) -> bytes:
     import flatbuffers
 
     builder, buffers = flatbuffers.Builder(1024), model.buffers
-    model.buffers = [_Aligned(buffer.data) for buffer in buffers]
+    model.buffers = [buffer if buffer.data is None else _Aligned(buffer.data) for buffer in buffers]
     try:
         builder.Finish(model.Pack(builder), IDENTIFIER)
     finally:
