@@ -4,6 +4,7 @@ The network is converted once. Each operator of the file is then timed alone on 
 whole file at a few: the sum over the operators is fitted to the whole. Between widths, times are read off the stairs.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -11,7 +12,7 @@ import math
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,10 +42,13 @@ NEAR = 0.1
 """How far apart, as a fraction, predictions may be whose errors are held to be alike."""
 RIDGE = 0.01
 """How strongly the factors of the fit are held together."""
-AT_ONCE = 64
-"""Files that are timed in turns, before what was found is written down."""
+AT_ONCE, BYTES_AT_ONCE = 64, 2**28
+"""Files that are timed in turns, and bytes of them, before what was found is written down."""
 CHECKS = 4
 """Other such files, which the fit is then checked on."""
+
+
+MakeFile = Callable[[], bytes]
 
 
 @dataclass(frozen=True)
@@ -137,11 +141,8 @@ class LatencyTable(FileMeasure):
         return plain * self._correction(plain)
 
     def _correction(self, plain: float) -> float:
-        """What was measured ÷ predicted: here, else the most of what was found near by, else between those further off.
-
-        Other widths with the same prediction may be off by another factor; with the largest known one a choice that
-        is made again and again comes down to what was asked for.
-        """
+        """What was measured ÷ predicted here; else the largest found near by, so that a choice that is made again and
+        again comes down to what was asked for; else between those further off."""
         known = self._corrections
         if plain in known:
             return known[plain]
@@ -160,10 +161,10 @@ class LatencyTable(FileMeasure):
     def _prepare(self, blueprint: Blueprint, content: bytes, channels) -> None:
         grids = [_grid(blueprint, operator, channels.unit_count) for operator in _running(blueprint)]
         wholes = list(_whole_files(blueprint, content, channels))
-        files = [content for grid in grids for content in grid.files] + [content for _, content in wholes]
+        files = [make for grid in grids for make in grid.files] + [make for _, make in wholes]
         self._read(grids, wholes, self._times.of(files, self.progress))
         if self.error > NOISY and self.device.is_measured:  # something else ran: it can only have made things slower
-            self._read(grids, wholes, self._times.again(files, self.progress))
+            self._read(grids, wholes, self._times.of(files, self.progress, anew=True))
         self._whole = content
 
     def _read(self, grids: list, wholes: list, times: list[float]) -> None:
@@ -249,13 +250,13 @@ class LatencyTable(FileMeasure):
 
 @dataclass(frozen=True)
 class _Grid:
-    """The files in which one operator is timed."""
+    """The files in which one operator is timed, made when they are needed."""
 
     operator: Operator
     channels: tuple[float, float]
     widths: np.ndarray
     inputs: np.ndarray
-    files: list[bytes]
+    files: list[MakeFile]
 
     def curve(self, times: np.ndarray) -> _Curve:
         shape = len(self.inputs), len(self.widths)
@@ -276,7 +277,7 @@ def _grid(blueprint: Blueprint, operator: Operator, unit_count: int) -> _Grid:
     for reads, makes in itertools.product(inputs, widths):
         alive = np.ones(unit_count, bool)
         alive[operator.makes[makes:]] = alive[operator.reads[reads:]] = False
-        files.append(blueprint.cut(alive, [operator.index]))
+        files.append(functools.partial(blueprint.cut, alive, [operator.index]))
     return _Grid(operator, (made, read), widths, inputs, files)
 
 
@@ -295,17 +296,17 @@ def _points(units: int, channels: float, at_most: int) -> np.ndarray:
     return edges[np.unique(np.linspace(0, len(edges) - 1, at_most).round().astype(int))]
 
 
-def _whole_files(blueprint: Blueprint, content: bytes, channels) -> Iterator[tuple[np.ndarray, bytes]]:
-    """(units alive, file): whole, then at random widths around different fractions of all units."""
+def _whole_files(blueprint: Blueprint, content: bytes, channels) -> Iterator[tuple[np.ndarray, MakeFile]]:
+    """(units alive, how to make the file): whole, then at random widths around different fractions of all units."""
     everything = np.ones(channels.unit_count, bool)
-    yield everything, content
+    yield everything, lambda: content
     random = np.random.default_rng(0)
     for fraction in [] if blueprint.fixed else np.resize(FRACTIONS, FITTED + CHECKS):
         alive = everything.copy()
         for group in channels.groups:
             kept = np.clip(fraction + random.uniform(-0.25, 0.25), 0, 1) * len(group.units)
             alive[group.units[max(1, round(kept)) :]] = False
-        yield alive, blueprint.cut(alive)
+        yield alive, functools.partial(blueprint.cut, alive)
 
 
 def _factors(sums: np.ndarray, whole: np.ndarray) -> tuple[np.ndarray, float]:
@@ -338,12 +339,22 @@ class _Timings:
         self.path = None if cache is False else _cache_file(device.identity(), cache)
         self.known: dict[str, float] = _loaded(self.path)
 
-    def of(self, files: list[bytes], progress: bool = False) -> list[float]:
-        """ms of each; NaN where the device has none."""
-        keys = [flatbuffer.fingerprint(content) for content in files]
-        new = {key: content for key, content in zip(keys, files) if key not in self.known}
-        if new:
-            self._measure(list(new.items()), progress)
+    def of(self, files: list[MakeFile], progress: bool = False, anew: bool = False) -> list[float]:
+        """ms of each; NaN where the device has none. `anew`: also of what is known, and the shorter time counts."""
+        from rich.progress import Progress
+
+        keys, waiting, found = [], {}, {} if anew else self.known
+        with Progress(disable=not progress, transient=True) as bar:
+            task = bar.add_task(f"timing on {self.device.name}", total=len(files))
+            for make in files:
+                content = make()
+                keys.append(flatbuffer.fingerprint(content))
+                if keys[-1] not in found:
+                    waiting[keys[-1]] = content
+                if len(waiting) >= AT_ONCE or sum(map(len, waiting.values())) > BYTES_AT_ONCE:
+                    self._measure(waiting, found)
+                bar.advance(task)
+            self._measure(waiting, found)
         return [self.known[key] for key in keys]
 
     def beside(self, whole: bytes, content: bytes) -> float:
@@ -351,28 +362,17 @@ class _Timings:
         key = flatbuffer.fingerprint(content)
         if key not in self.known and self.device.is_measured:
             before, after = self.device.milliseconds([whole, content])
-            self.known[key] = self.of([whole])[0] * after / before
+            self.known[key] = self.of([lambda: whole])[0] * after / before
             self._save()
-        return self.of([content])[0]
+        return self.of([lambda: content])[0]
 
-    def again(self, files: list[bytes], progress: bool = False) -> list[float]:
-        """ms of each, timed anew; of both times the shorter."""
-        before = dict(self.known)
-        self._measure([(flatbuffer.fingerprint(content), content) for content in files], progress)
-        self.known = {key: min(ms, before.get(key, ms)) for key, ms in self.known.items()}
-        self._save()
-        return self.of(files)
-
-    def _measure(self, new: list[tuple[str, bytes]], progress: bool) -> None:
-        from rich.progress import Progress
-
-        with Progress(disable=not progress, transient=True) as bar:
-            task = bar.add_task(f"timing on {self.device.name}", total=len(new))
-            for start in range(0, len(new), AT_ONCE):
-                part = new[start : start + AT_ONCE]
-                self.known.update(zip((key for key, _ in part), self._milliseconds([content for _, content in part])))
-                bar.advance(task, len(part))
-                self._save()
+    def _measure(self, waiting: dict[str, bytes], found: dict[str, float]) -> None:
+        """Time what is waiting, and write it down."""
+        if waiting:
+            found.update(zip(waiting, self._milliseconds(list(waiting.values()))))
+            self.known.update({key: min(found[key], self.known.get(key, math.inf)) for key in waiting})
+            waiting.clear()
+            self._save()
 
     def _milliseconds(self, files: list[bytes]) -> list[float]:
         try:
