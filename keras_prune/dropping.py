@@ -18,19 +18,18 @@ import numpy as np
 from keras_prune import budgets, criteria, metrics
 from keras_prune.channels import Channels, Group
 from keras_prune.entries import Entries, count_of, lowest
-from keras_prune.files import check_writable
+from keras_prune.files import check_writable, replacing
 from keras_prune.planning import plan, protected
-from keras_prune.probes import gradient_times_weight, unlabelled
+from keras_prune.probes import gradient_times_weight
 from keras_prune.pruners import GradualPruning, slots_of
 from keras_prune.rules import Ids
-from keras_prune.scoring import READERS, scores_of_readers, scores_of_rows
+from keras_prune.scoring import scores_of
 from keras_prune.surgery import check_finite, zero_masks
 
 WHOLE = ("weights", "filters")
 REVIVED = ("value", "zero")
 OF_ENTRIES = ("l1", "l2", "linf", "random", "taylor")
 """Criteria that say something about a single weight; of one number l1, l2 and linf are all its magnitude."""
-DELTA = 1e-16  # of "pfp", as in `plan`
 FAINT = 1e-6
 """What is gone is ranked by what it was, times this: below whatever is still there."""
 
@@ -307,10 +306,8 @@ class _Memory:
         places = {
             str(n): self.values[id(w.variable)] for n, w in enumerate(self.weights) if id(w.variable) in self.values
         }
-        partial = f"{path}.part"
-        with open(partial, "wb") as file:
+        with replacing(path) as file:
             np.savez(file, **places)
-        os.replace(partial, path)
 
     def read(self, path) -> None:
         """The values of the run that was killed."""
@@ -390,12 +387,7 @@ class _Units:
     def scores(self, seed) -> dict[int, np.ndarray]:
         criterion, data = self.arguments["criterion"], self.arguments["data"]
         alive, reasons = self.channels.alive(self.removed()), dict(self.reasons)
-        if isinstance(criterion, str) and criterion in READERS:
-            inputs = unlabelled(self.channels.model, data)
-            found, _ = scores_of_readers(self.channels, criterion, inputs, DELTA, reasons, alive)
-        else:
-            function = criteria.get(criterion, seed)
-            found = scores_of_rows(self.channels, criterion, function, data, reasons, alive)
+        found, _ = scores_of(self.channels, criterion, data, reasons, alive, seed=seed)
         return {k: found[k][there] for k, there in self.there.items() if k in found}
 
     def settle(self, sparsity: float, seed, planned) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import numbers
-import os
 import warnings
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import numpy as np
 from keras_prune import metrics, schedules
 from keras_prune.channels import Channels
 from keras_prune.entries import kernels_of
-from keras_prune.files import check_writable
+from keras_prune.files import check_writable, replacing
 from keras_prune.internals import rates_of
 from keras_prune.pruners import FilterPruning, Pruner
 from keras_prune.rounds import measured, plain, read_curve, restart, write_curve
@@ -259,10 +258,8 @@ class IterativePruning(Pruner):
         self.rewound_to, self._noted = batches, [_plain_array(v) for v in self.model.weights]
         file = self._file()
         if file is not None:
-            partial = file.with_suffix(".npz.part")
-            with partial.open("wb") as opened:
+            with replacing(file) as opened:
                 np.savez(opened, batches=batches, **{f"weight{n}": a for n, a in enumerate(self._noted)})
-            os.replace(partial, file)
 
     def _set_back(self, number: int) -> None:
         """The weights and the optimizer that this round starts from."""

@@ -21,7 +21,7 @@ from keras_prune.internals import layers_of
 from keras_prune.probes import unlabelled
 from keras_prune.reconstruction import reconstruct as reconstructed
 from keras_prune.rules import Fence, Ids
-from keras_prune.scoring import READERS, scores_of_readers, scores_of_rows
+from keras_prune.scoring import DELTA, READERS, scores_of
 from keras_prune.sensitivity import logarithms
 from keras_prune.surgery import check_finite, cut, dead_units, reweighed, zeroed
 from keras_prune.widths import Choice
@@ -159,7 +159,7 @@ def plan(
     data=None,
     reconstruct: bool = False,
     mode: str = "deterministic",
-    delta: float = 1e-16,
+    delta: float = DELTA,
     seed: int | None = None,
     already: Ids | None = None,
 ) -> Plan:
@@ -213,7 +213,7 @@ def plan(
         budget = "global" if target is None else "greedy"
     check_round_to(round_to, "plan")
     measure_function, budget_function = metrics.get(measure), budgets.get(budget)
-    criterion_function = criteria.get(criterion, seed)
+    criteria.get(criterion, seed)
     channels = model if isinstance(model, Channels) else Channels(model)
     check_finite(channels.model)
     if not channels.groups:
@@ -227,10 +227,7 @@ def plan(
     reasons = protected(channels, protect)
     already = dead_units(channels, strict=True) if already is None else already
     alive = channels.alive(already)
-    if by_readers:
-        scores, samples = scores_of_readers(channels, criterion, inputs, delta, reasons, alive)
-    else:
-        scores = scores_of_rows(channels, criterion, criterion_function, data, reasons, alive)
+    scores, samples = scores_of(channels, criterion, data, reasons, alive, inputs=inputs, delta=delta, seed=seed)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(

@@ -9,6 +9,7 @@ from pathlib import Path
 import keras
 import numpy as np
 
+from keras_prune.files import replacing
 from keras_prune.internals import variables_of
 from keras_prune.surgery import optimizer_like
 
@@ -31,9 +32,8 @@ def plain(logs: dict) -> dict[str, float | list]:
 def write_curve(path: str | Path | None, curve: list[dict]) -> None:
     """The whole file or none; without a path nothing."""
     if path is not None:
-        partial = f"{path}.part"
-        Path(partial).write_text(json.dumps(curve, indent=1))
-        os.replace(partial, path)
+        with replacing(path) as file:
+            file.write(json.dumps(curve, indent=1).encode())
 
 
 def read_curve(path: str | Path | None, step: int) -> list[dict]:

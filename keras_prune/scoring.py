@@ -10,9 +10,31 @@ import numpy as np
 
 from keras_prune import criteria
 from keras_prune.channels import Channels, Group
-from keras_prune.probes import gradient_times_weight
+from keras_prune.probes import gradient_times_weight, unlabelled
 from keras_prune.sensitivity import sample_size, sensitivities
 from keras_prune.surgeon import curves
+
+DELTA = 1e-16
+"""Accepted probability of failure of "pfp", where none is asked for."""
+
+
+def scores_of(
+    channels, criterion, data, reasons: dict, alive, *, inputs=None, delta: float = DELTA, seed=None
+) -> tuple[dict[int, np.ndarray], int | None]:
+    """Scores per group index, -inf for units that are gone, and how many samples they took, if they took inputs.
+
+    Args:
+        data: as the criterion takes it; labelled for "taylor", inputs for those of `READERS`.
+        reasons: by group index, why it is left alone; groups that cannot be scored are added.
+        alive: units that are there, shape (unit_count,).
+        inputs: `unlabelled(data)`, where the caller has it already.
+        delta: of "pfp".
+        seed: of "random".
+    """
+    if isinstance(criterion, str) and criterion in READERS:
+        inputs = unlabelled(channels.model, data) if inputs is None else inputs
+        return scores_of_readers(channels, criterion, inputs, delta, reasons, alive)
+    return scores_of_rows(channels, criterion, criteria.get(criterion, seed), data, reasons, alive), None
 
 
 def scores_of_rows(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:

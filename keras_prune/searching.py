@@ -15,10 +15,9 @@ import numpy as np
 
 from keras_prune import criteria, metrics
 from keras_prune.channels import Channels
-from keras_prune.files import check_writable
+from keras_prune.files import check_writable, replacing
 from keras_prune.planning import Plan, check_round_to, described, name_of, protected
-from keras_prune.probes import unlabelled
-from keras_prune.scoring import READERS, scores_of_readers, scores_of_rows
+from keras_prune.scoring import scores_of
 from keras_prune.surgery import check_finite, copied, dead_units, write_zeros, zero_masks
 from keras_prune.widths import Choice
 
@@ -162,12 +161,7 @@ def _choice(channels, measure, criterion, round_to, protect, data, seed) -> tupl
     check_finite(channels.model)
     reasons, already = protected(channels, protect), dead_units(channels, strict=True)
     alive = channels.alive(already)
-    if isinstance(criterion, str) and criterion in READERS:
-        inputs = unlabelled(channels.model, data)
-        scores, _ = scores_of_readers(channels, criterion, inputs, 1e-16, reasons, alive)
-    else:
-        function = criteria.get(criterion, seed)
-        scores = scores_of_rows(channels, criterion, function, data, reasons, alive)
+    scores, _ = scores_of(channels, criterion, data, reasons, alive, seed=seed)
     free = [g for g in channels.groups if g.index not in reasons]
     if not free:
         raise ValueError(f"Nothing can be pruned: {'; '.join(dict.fromkeys(reasons.values())) or 'no groups'}.")
@@ -284,6 +278,5 @@ class _Trials:
 
     def _write(self) -> None:
         if self.cache is not None:
-            partial = f"{self.cache}.part"
-            Path(partial).write_text(json.dumps({"of": self.of, "accuracies": self.known}, indent=1))
-            os.replace(partial, self.cache)
+            with replacing(self.cache) as file:
+                file.write(json.dumps({"of": self.of, "accuracies": self.known}, indent=1).encode())

@@ -167,7 +167,7 @@ def _convert(options):
         options.path,
         options.recipe,
         data,
-        input_shape=_shape(options.input_shape),
+        input_shape=shape(options.input_shape),
         batch_size=options.batch_size,
         float_io=options.float_io,
         allow_flex=options.allow_flex,
@@ -194,7 +194,7 @@ def _kept(options, model, data):
         data,
         options.recipe,
         at_most=options.search_float,
-        input_shape=_shape(options.input_shape),
+        input_shape=shape(options.input_shape),
         batch_size=options.batch_size,
         samples=options.samples,
     )
@@ -256,7 +256,7 @@ def _device(options):
     return Ethos(device.name, **settings) if isinstance(device, Ethos) else Micro(**settings)
 
 
-def _shape(text: str | None):
+def shape(text: str | None):
     """ "224,224,3" -> (224, 224, 3); JSON such as '{"image": [224, 224, 3]}' for several inputs."""
     if text is None:
         return None

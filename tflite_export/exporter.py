@@ -1,11 +1,8 @@
 """Floor 3. `export`: convert, write, compare with Keras and time. `check`: what is in a file, and is it sound."""
 
-import contextlib
 import os
-import platform
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import metadata
 
 from tflite_export.convert import Converted, calibration, check_batch_size, checked_names, converted, in_float32
 from tflite_export.devices import Device, Fit
@@ -14,7 +11,7 @@ from tflite_export.inputs import Data, check_model, model_inputs
 from tflite_export.latency import Latency, benchmark, measure_latency
 from tflite_export.parity import DifferentModel, Parity, compare
 from tflite_export.recipes import RECIPES, Recipe, get
-from tflite_export.records import Record, aligned, size_text
+from tflite_export.records import Record, aligned, size_text, versions
 from tflite_export.runner import Port, Runner, check_threads, first_line, read
 from tflite_export.writing import replacing
 
@@ -202,7 +199,8 @@ def export(
         notes = _notes(model, plain, runner, recipe, len(arrays[0]) if arrays else 0)
         notes += made.notes + _sparse_note(made, threads, runs)
         file.write(made.content)
-    measured = {"parity": parity, "latency": latency, "notes": notes, "versions": _versions(), "device": fit}
+    known = versions("keras", "tensorflow", "ai-edge-litert", "ai-edge-quantizer", "numpy")
+    measured = {"parity": parity, "latency": latency, "notes": notes, "versions": known, "device": fit}
     named = {"path": os.fspath(path), "recipe": recipe.name, "tolerance": recipe.tolerance}
     return Report(**named, **_contents(runner), **measured)
 
@@ -362,13 +360,3 @@ def _sparse_note(made: Converted, threads: int, runs: int) -> tuple[str, ...]:
         f"{text}. The runtime unpacks them when it loads the file: no less memory, and the time is {both.ratio:.2f} of "
         f"the dense file's {both.a.median:.3f} ms.",
     )
-
-
-def _versions() -> dict[str, str]:
-    from tflite_export import __version__
-
-    versions = {"tflite_export": __version__, "python": platform.python_version()}
-    for name in ("keras", "tensorflow", "ai-edge-litert", "ai-edge-quantizer", "numpy"):
-        with contextlib.suppress(metadata.PackageNotFoundError):
-            versions[name] = metadata.version(name)
-    return versions

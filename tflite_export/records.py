@@ -1,8 +1,11 @@
 """Floor 0. What all results share: they are frozen, print themselves and turn into JSON."""
 
+import contextlib
 import dataclasses
 import json
 import math
+import platform
+from importlib import metadata
 
 
 def _plain(value):
@@ -39,3 +42,14 @@ def size_text(count: int) -> str:
         '2048 bytes (2.0 KiB)'
     """
     return f"{count} bytes ({count / 1024:.1f} KiB)"
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Versions of this package, of Python, and of those of the packages that are installed."""
+    from tflite_export import __version__
+
+    found = {"tflite_export": __version__, "python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

@@ -238,9 +238,9 @@ def _measure(given, model, name: str):
     if name not in _OF_A_FILE:
         return name
     import tflite_export
+    from tflite_export.cli import shape
 
-    shape = tuple(int(n) for n in given.input_shape.split(",")) if given.input_shape else None
-    options = {"recipe": given.recipe, "input_shape": shape}
+    options = {"recipe": given.recipe, "input_shape": shape(given.input_shape)}
     if name == "tflite_bytes":
         return tflite_export.FileBytes(model, **options)
     if name == "arena_bytes":

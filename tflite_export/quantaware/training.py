@@ -3,11 +3,9 @@
 import importlib.util
 import json
 import os
-import platform
 import tempfile
 import time
 from dataclasses import replace
-from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +20,7 @@ from tflite_export.quantaware.goals import Task, described_optimizer
 from tflite_export.quantaware.process import run
 from tflite_export.quantaware.report import QatReport
 from tflite_export.quantizer import float_operators
+from tflite_export.records import versions
 from tflite_export.runner import Runner, check_threads
 from tflite_export.writing import replacing
 
@@ -160,7 +159,7 @@ def qat(
         latency=latency,
         seconds=seconds,
         notes=tuple(result["notes"]),
-        versions=_versions() | result["versions"],
+        versions=versions("keras", "tensorflow", "ai-edge-litert", "numpy") | result["versions"],
     )
 
 
@@ -240,12 +239,3 @@ def _scores(task: Task, model, runner: Runner, checked: batches.Stored | None, f
         "int8_file": runner.run(x),
     }
     return {name: task.score(values, y) for name, values in outputs.items()}
-
-
-def _versions() -> dict[str, str]:
-    from tflite_export import __version__
-
-    versions = {"tflite_export": __version__, "python": platform.python_version()}
-    for name in ("keras", "tensorflow", "ai-edge-litert", "numpy"):
-        versions[name] = metadata.version(name)
-    return versions
