@@ -65,9 +65,13 @@ class Choice:
     def sparsity(self, counts: list[int], drawn: dict[int, theory.Draw] | None = None) -> float:
         return 1 - float(self.measure(self.channels, self.removed(counts, drawn))) / self.total
 
+    def narrowest(self) -> list[int]:
+        """Counts with every group at its least width."""
+        return [min(n, self.least(g)) for g, n in zip(self.groups, self.whole)]
+
     def largest(self) -> float:
-        """The largest possible sparsity: every group at its least width."""
-        return self.sparsity([min(n, self.least(g)) for g, n in zip(self.groups, self.whole)])
+        """The largest possible sparsity."""
+        return self.sparsity(self.narrowest())
 
     def greedy(self, excess) -> list[int]:
         """Counts that meet limits at the least loss of scores: taken where a step costs least for what it saves.
@@ -88,9 +92,7 @@ class Choice:
             target: sparsity to come as near to as the grid allows.
             at_least: rather above it than below.
         """
-        whole = list(self.whole)
-        least = [min(n, self.least(g)) for g, n in zip(self.groups, whole)]
-        largest = self.sparsity(least)
+        whole, least, largest = list(self.whole), self.narrowest(), self.largest()
         if target <= self.sparsity(whole):
             return whole, largest
         if target >= largest:

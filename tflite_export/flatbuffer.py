@@ -77,6 +77,12 @@ class _Aligned:
         return schema().BufferEnd(builder)
 
 
+def scales(tensor) -> np.ndarray:
+    """The scales of a tensor (of the schema's `TensorT`): none, one, or one for each channel."""
+    found = None if tensor.quantization is None else tensor.quantization.scale
+    return np.zeros(0, np.float32) if found is None else np.asarray(found)
+
+
 def fingerprint(content: bytes) -> str:
     """The same for files that compute the same on the same sizes, whatever their weights and names are."""
     model = unpacked(content)
@@ -84,9 +90,8 @@ def fingerprint(content: bytes) -> str:
     text = []
     for graph in model.subgraphs:
         for tensor in graph.tensors:
-            data, quantization = model.buffers[tensor.buffer].data, tensor.quantization
-            scales = 0 if quantization is None or quantization.scale is None else len(quantization.scale)
-            text.append(f"{[int(n) for n in tensor.shape]} {tensor.type} {data is None or not len(data)} {scales}")
+            data, count = model.buffers[tensor.buffer].data, len(scales(tensor))
+            text.append(f"{[int(n) for n in tensor.shape]} {tensor.type} {data is None or not len(data)} {count}")
         for operator in graph.operators:
             options = sorted((k, str(v)) for k, v in vars(operator.builtinOptions or _Nothing).items())
             ends = [[int(t) for t in tensors] for tensors in (operator.inputs, operator.outputs)]

@@ -87,7 +87,7 @@ class Cutter:
         for axis, ids in axes.items():
             shape[axis] = self._count(ids)
         quantization = old.quantization
-        if quantization is not None and quantization.scale is not None and len(quantization.scale) > 1:
+        if len(flatbuffer.scales(old)) > 1:
             ids = axes.get(quantization.quantizedDimension)
             if ids is not None:
                 keep = self.alive[ids]

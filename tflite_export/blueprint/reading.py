@@ -155,12 +155,12 @@ class Blueprint:
         if dtype is None or data.size != math.prod(shape):  # packed or sparse
             return None
         values = data.reshape(shape).astype(np.float32)
-        quantization = self.graph.tensors[tensor].quantization
-        if quantization is not None and quantization.scale is not None and len(quantization.scale):
+        scales, quantization = flatbuffer.scales(self.graph.tensors[tensor]), self.graph.tensors[tensor].quantization
+        if len(scales):
             axes = [1] * len(shape)
-            if len(quantization.scale) > 1:
+            if len(scales) > 1:
                 axes[quantization.quantizedDimension] = -1
-            values = (values - np.reshape(quantization.zeroPoint, axes)) * np.reshape(quantization.scale, axes)
+            values = (values - np.reshape(quantization.zeroPoint, axes)) * np.reshape(scales, axes)
         return values
 
     def _carries(self, tensor: int) -> Ids:
@@ -341,10 +341,10 @@ class Blueprint:
                     seen.add(stored := self.stored(tensor))
                     axes = [ids for ids in operator.axes[slot].values() if len(ids)]
                     yield Part(len(self.data(stored)), tuple(axes))
-                    scales = self.graph.tensors[stored].quantization
-                    if scales is not None and scales.scale is not None and len(scales.scale) > 1:
-                        ids = operator.axes[slot].get(scales.quantizedDimension, np.zeros(0, int))
-                        yield Part(SCALE_BYTES * len(scales.scale), (ids,) if len(ids) else ())
+                    scales = flatbuffer.scales(self.graph.tensors[stored])
+                    if len(scales) > 1:
+                        ids = self._scaled(operator, slot, stored)
+                        yield Part(SCALE_BYTES * len(scales), (ids,) if len(ids) else ())
 
     def activations(self) -> Iterator["Part"]:
         """Tensors that hold data while the file runs, with the first and last operator that needs them."""
@@ -370,9 +370,13 @@ class Blueprint:
             place = KERNELS.get(operator.name)
             if place is None or "CONV" not in operator.name:
                 continue
-            quantization = self.graph.tensors[operator.inputs[place]].quantization
-            if quantization is not None and quantization.scale is not None and len(quantization.scale) > 1:
-                yield operator.axes[place].get(quantization.quantizedDimension, np.zeros(0, int))
+            kernel = operator.inputs[place]
+            if len(flatbuffer.scales(self.graph.tensors[kernel])) > 1:
+                yield self._scaled(operator, place, kernel)
+
+    def _scaled(self, operator: Operator, slot: int, tensor: int) -> Ids:
+        """Ids on the axis of a constant along which each channel has a scale of its own."""
+        return operator.axes[slot].get(self.graph.tensors[tensor].quantization.quantizedDimension, np.zeros(0, int))
 
     # -- the file at other widths ----------------------------------------------------------------------------------
 
