@@ -12,7 +12,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Channels": "channels",
     "Group": "channels",
-    "Plan": "planning",
+    "Plan": "plans",
     "plan": "planning",
     "prune": "planning",
     "cut": "surgery",

@@ -15,7 +15,7 @@ import numpy as np
 
 from keras_prune import theory
 from keras_prune.lipschitz import OutputBound, output_bound, outputs_on
-from keras_prune.planning import Plan
+from keras_prune.plans import Plan
 from keras_prune.probes import unlabelled
 from keras_prune.program import Program
 from keras_prune.sensitivity import deviations, sensitivities

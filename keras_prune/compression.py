@@ -22,7 +22,8 @@ from keras_prune.answers import Exam
 from keras_prune.channels import Channels
 from keras_prune.distillation import DistillReport, distill
 from keras_prune.internals import inputs_of
-from keras_prune.planning import REFINED, TITLES, Plan, described, name_of, protected
+from keras_prune.planning import REFINED, name_of, protected
+from keras_prune.plans import TITLES, Plan, described
 from keras_prune.probes import unlabelled
 from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import reconstruct

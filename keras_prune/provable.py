@@ -14,7 +14,8 @@ import numpy as np
 from keras_prune import budgets, metrics, schedules
 from keras_prune.channels import Channels
 from keras_prune.files import check_writable
-from keras_prune.planning import Plan, check_mode
+from keras_prune.planning import check_mode
+from keras_prune.plans import Plan
 from keras_prune.pruners import FilterPruning, slots_of
 from keras_prune.rounds import measured, plain, read_curve, restart, write_curve
 from keras_prune.surgery import copied, reader_factors, zero_masks

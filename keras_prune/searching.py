@@ -16,7 +16,8 @@ import numpy as np
 from keras_prune import criteria, metrics
 from keras_prune.channels import Channels
 from keras_prune.files import check_writable, replacing
-from keras_prune.planning import Plan, check_round_to, described, name_of, protected
+from keras_prune.planning import check_round_to, name_of, protected
+from keras_prune.plans import Plan, described
 from keras_prune.scoring import scores_of
 from keras_prune.surgery import check_finite, copied, dead_units, write_zeros, zero_masks
 from keras_prune.widths import Choice

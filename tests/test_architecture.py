@@ -52,6 +52,7 @@ FLOORS = {
         "surgeon": 7,
         "sensitivity": 7,
         "scoring": 8,
+        "plans": 8,
         "planning": 9,
         "pruners": 10,
         "certificates": 10,
