@@ -28,6 +28,7 @@ from statistics import mean
 
 import keras
 import numpy as np
+from cases import imagenet
 
 from keras_prune import Channels, compress, cut, datasets, distill, metrics, plan, recalibrate_batchnorm, reconstruct
 
@@ -46,11 +47,6 @@ SEARCH_MINUTES = 2
 CLIPS = 500  # of the 1,000 for keyword spotting, to fit to
 MARKERS = ("<!-- benchmarks/no_training.py -->", "<!-- end -->")
 AFTER = ("cut", "recalibrated", "reconstructed")
-MEAN, STD = np.array([0.485, 0.456, 0.406], "float32"), np.array([0.229, 0.224, 0.225], "float32")
-
-
-def imagenet(x):
-    return (x.astype("float32") / 255 - MEAN) / STD
 
 
 def plain(x):

@@ -38,14 +38,29 @@ import time
 import warnings
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from statistics import mean
 
 import keras
 import numpy as np
-from no_training import PeakMemory, imagenet
-from psp import Batches, machine
+from cases import (
+    DELTAS,
+    Case,
+    Recipe,
+    accuracy,
+    case,
+    copied,
+    fit,
+    found,
+    has_norms,
+    load,
+    machine,
+    on,
+    put,
+    sizes,
+    write,
+)
+from no_training import PeakMemory
 
 from keras_prune import Channels, datasets, metrics, plan, recalibrate_batchnorm, sensitivity
 
@@ -54,38 +69,12 @@ RESULTS = HERE / "results" / "provable.json"
 DOCS = HERE.parent / "docs" / "provable.md"
 MARKERS = ("<!-- benchmarks/provable.py -->", "<!-- end -->")
 NETWORKS = {"lenet300": "LeNet-300-100", "lenet5": "LeNet-5", "resnet20": "ResNet-20", "resnet56": "ResNet-56"}
-DELTAS = {"lenet300": 1e-12, "lenet5": 1e-9, "resnet20": 1e-16, "resnet56": 1e-16}
 CRITERIA = ("pfp", "pfp_max", "pfp:random", "pfp:mixed", "l1", "l2", "fpgm", "taylor", "bn_scale", "random")
 BUDGETS = ("uniform", "error_bound")
 STAGES = ("cut", "recalibrated", "trained")
 RECALIBRATION = 1024
 TRIES = 20
 """So often units are drawn until the MACs are met within a point; else the nearest counts."""
-
-DECAY = 1e-4
-"""Of the kernels, through the momentum, in all trainings."""
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How a network is trained, or trained on.
-
-    Attributes:
-        rate: learning rate at the start.
-        drops: after which epochs it falls to a tenth; None: it falls to 0 along a cosine.
-        warm_up: so many epochs it rises from 0.
-        images: to train on; None: all.
-        augmented: shift by up to 4 pixels and mirror.
-    """
-
-    rate: float
-    epochs: int
-    batch: int
-    drops: tuple[int, ...] | None = None
-    warm_up: int = 0
-    images: int | None = None
-    augmented: bool = False
-
 
 RECIPES = {
     "quick": {
@@ -134,132 +123,6 @@ ResNet-56 | +0.28, 88.98, 84.42 | −0.03, 86.00, 80.76 | −0.69, 72.10, 67.41
 """
 
 
-# -- networks and images ---------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Case:
-    """A trained network with its images; `change` makes a batch of images what the network takes."""
-
-    network: str
-    model: keras.Model
-    channels: Channels
-    images: datasets.Images
-    change: object
-    samples: int
-
-    @property
-    def family(self) -> str:
-        return self.network.rstrip("0123456789")
-
-    def drawn(self, seed: int, count: int | None) -> tuple[np.ndarray, np.ndarray]:
-        """Training images and labels, the first so many of the seed's order."""
-        chosen = np.random.default_rng(seed).permutation(len(self.images.x_train))[:count]
-        return self.images.x_train[chosen], self.images.y_train[chosen]
-
-
-def standardised(x):
-    return (x.astype("float32") / 255 - 0.1307) / 0.3081
-
-
-def lenet(network: str) -> keras.Model:
-    """LeNet-300-100 (266,610 parameters) or Caffe's LeNet-5 (431,080)."""
-    layers, common = keras.layers, {"activation": "relu", "kernel_initializer": "he_normal"}
-    if network == "lenet300":
-        body = [layers.Flatten(), layers.Dense(300, name="fc1", **common), layers.Dense(100, name="fc2", **common)]
-    else:
-        body = [
-            layers.Conv2D(20, 5, name="conv1", **common),
-            layers.MaxPooling2D(2),
-            layers.Conv2D(50, 5, name="conv2", **common),
-            layers.MaxPooling2D(2),
-            layers.Flatten(),
-            layers.Dense(500, name="fc1", **common),
-        ]
-    return keras.Sequential([keras.Input((28, 28, 1)), *body, layers.Dense(10, name="logits")], name=network)
-
-
-def copied(model) -> keras.Model:
-    """The same network and weights, not compiled."""
-    copy = keras.models.clone_model(model)
-    copy.set_weights(model.get_weights())
-    return copy
-
-
-@cache
-def loaded(folder: str, name: str) -> datasets.Images:
-    return datasets.load(name, folder)
-
-
-@cache
-def case(network: str, folder: str, work: str, epochs: int, seed: int) -> Case:
-    """The network; a LeNet of this seed is trained if it is not in `work` yet."""
-    if network.startswith("resnet"):
-        images, change = loaded(folder, "cifar10"), imagenet
-        model = keras.saving.load_model(Path(folder) / "cifar10_resnet" / f"{network}.keras", compile=False)
-    else:
-        images, change = loaded(folder, "mnist"), standardised
-        path = Path(work) / f"{network}_{epochs}_{seed}.keras"
-        if not path.is_file():
-            keras.utils.set_random_seed(seed)
-            model, start = lenet(network), time.perf_counter()
-            recipe = replace(
-                RECIPES["paper"]["lenet"], epochs=epochs, drops=(round(epochs * 5 / 8), round(epochs * 7 / 8))
-            )
-            fit(model, images.x_train, images.y_train, change, recipe, seed)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            model.save(path)
-            print(f"trained {path} in {time.perf_counter() - start:.0f} s", flush=True)
-        model = keras.saving.load_model(path, compile=False)
-    model.compile("sgd", keras.losses.SparseCategoricalCrossentropy(from_logits=True))  # "taylor" asks for its loss
-    channels = Channels(model)
-    return Case(network, model, channels, images, change, sensitivity.sample_size(channels, DELTAS[network]))
-
-
-def accuracy(model, images: datasets.Images, change) -> float:
-    hits = 0
-    for start in range(0, len(images.x_test), 2500):
-        logits = model.predict(change(images.x_test[start : start + 2500]), batch_size=250, verbose=0)
-        hits += int((logits.argmax(-1) == images.y_test[start : start + 2500]).sum())
-    return hits / len(images.x_test)
-
-
-# -- training --------------------------------------------------------------------------------------------------------
-
-
-class Rate(keras.optimizers.schedules.LearningRateSchedule):
-    """The learning rate of a recipe, step by step."""
-
-    def __init__(self, recipe: Recipe, steps: int):
-        schedules, rate = keras.optimizers.schedules, recipe.rate
-        self.warm, self.peak = recipe.warm_up * steps, rate
-        if recipe.drops is None:
-            self.after = schedules.CosineDecay(rate, recipe.epochs * steps)
-        else:
-            values = [rate * 0.1**k for k in range(len(recipe.drops) + 1)]
-            self.after = schedules.PiecewiseConstantDecay([d * steps for d in recipe.drops], values)
-
-    def __call__(self, step):
-        step = keras.ops.cast(step, "float32")
-        rising = self.peak * (step + 1) / max(self.warm, 1)
-        return keras.ops.where(step < self.warm, rising, self.after(step))
-
-
-def fit(model, x, y, change, recipe: Recipe, seed: int) -> float:
-    """Train a model in place; seconds."""
-    for variable in model.trainable_variables:
-        if len(variable.shape) > 1:
-            variable.regularizer = keras.regularizers.L2(DECAY / 2)
-    batches = Batches(x, y, recipe.batch, seed, change, recipe.augmented)
-    optimizer = keras.optimizers.SGD(Rate(recipe, len(batches)), momentum=0.9)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
-    start = time.perf_counter()
-    model.fit(batches, epochs=recipe.epochs, shuffle=False, verbose=0)
-    seconds = time.perf_counter() - start
-    model.compile("sgd", model.loss)  # the rate of a recipe does not go into a file
-    return seconds
-
-
 # -- one row ---------------------------------------------------------------------------------------------------------
 
 
@@ -267,7 +130,12 @@ def pruned(this: Case, row: dict) -> tuple[keras.Model, dict]:
     """The small network, before anything is done to it, and what is to be said of it."""
     images, y = this.drawn(row["seed"], this.samples)
     x, (name, _, mode) = this.change(images), row["criterion"].partition(":")
-    given = {"criterion": name, "budget": row["budget"], "delta": DELTAS[this.network], "mode": mode or "deterministic"}
+    given = {
+        "criterion": name,
+        "budget": row["budget"],
+        "delta": DELTAS.get(this.network, 1e-16),
+        "mode": mode or "deterministic",
+    }
     given["data"] = (x, y) if name == "taylor" else x
     plans = []
     with warnings.catch_warnings():  # the page says how many units are saturated
@@ -281,16 +149,6 @@ def pruned(this: Case, row: dict) -> tuple[keras.Model, dict]:
     small = min(plans, key=lambda p: abs(p.reached - p.asked)).cut()
     facts = {"seconds": seconds, "draws": len(plans), "samples": this.samples}
     return small, facts | sizes(small, this.model)
-
-
-def sizes(small, whole) -> dict:
-    """What is left of the whole network: MACs and parameters, as shares."""
-    a, b = Channels(small), Channels(whole)
-    return {f.__name__: f(a, ()) / f(b, ()) for f in (metrics.macs, metrics.params)}
-
-
-def has_norms(model) -> bool:
-    return any(isinstance(layer, keras.layers.BatchNormalization) for layer in model.layers)
 
 
 def measured(this: Case, row: dict, recipe: Recipe | None, again: bool) -> dict:
@@ -343,26 +201,6 @@ def done(row: dict, recipe: Recipe | None) -> bool:
 # -- results ---------------------------------------------------------------------------------------------------------
 
 KEYS = ("network", "criterion", "budget", "kept", "seed")
-
-
-def load(path: str | Path) -> dict:
-    empty = {"dense": [], "rows": [], "speed": [], "machine": machine()}
-    return {**empty, **json.loads(Path(path).read_text())} if Path(path).is_file() else empty
-
-
-def put(path: str | Path, kind: str, row: dict, keys) -> None:
-    """A row into the file as it is now, in place of one of the same keys. The file is replaced in one go."""
-    path, results = Path(path), load(path)
-    results[kind] = [r for r in results[kind] if any(r[k] != row[k] for k in keys)] + [row]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(results | {"machine": machine()}, indent=1) + "\n")
-    os.replace(temporary, path)
-
-
-def found(results: dict, kind: str, wanted: dict) -> dict:
-    """The row of these keys as it was measured, or the keys alone."""
-    return next((r for r in results[kind] if all(r[k] == v for k, v in wanted.items())), wanted)
 
 
 def measure(given) -> None:
@@ -513,7 +351,7 @@ def named(criterion: str) -> str:
 
 def table(results: dict) -> str:
     """What stands between the markers of docs/provable.md."""
-    text = [f"Written by `python benchmarks/provable.py` ({_on(results['machine'])}).", "", wins(results), ""]
+    text = [f"Written by `python benchmarks/provable.py` ({on(results['machine'])}).", "", wins(results), ""]
     for network, title in NETWORKS.items():
         mine, whole = select(results["rows"], network=network), select(results["dense"], network=network)
         if not mine:
@@ -580,11 +418,11 @@ def wins(results: dict) -> str:
         for network in NETWORKS:
             mine = select(results["rows"], network=network)
             for column in (c for c in columns_of(mine) if c.stage == stage):
-                for found in (means(mine, column, budget) for budget in budgets_of(mine)):
-                    if {"pfp", "l1", "l2", "fpgm"} <= set(found):
-                        best.update(best_of(found))
-                        count.update(list(found))
-                        ahead.update(c for c, value in found.items() if found["pfp"] > value)
+                for these in (means(mine, column, budget) for budget in budgets_of(mine)):
+                    if {"pfp", "l1", "l2", "fpgm"} <= set(these):
+                        best.update(best_of(these))
+                        count.update(list(these))
+                        ahead.update(c for c, value in these.items() if these["pfp"] > value)
         if count:
             told = ", ".join(f"{named(c)} {n}" for c, n in best.most_common())
             beaten = ", ".join(f"{named(c)} in {ahead[c]} of {count[c]}" for c in CRITERIA if c != "pfp" and count[c])
@@ -610,7 +448,7 @@ def _speed_lines(rows: list[dict]) -> list[str]:
             f"{r['units']:,} | {r['saturated']:.0%}"
         )
     lines.append(
-        f"\n{_on(rows[0]['machine'])}. Taken beside other work on the machine, so upper bounds. The forward pass is "
+        f"\n{on(rows[0]['machine'])}. Taken beside other work on the machine, so upper bounds. The forward pass is "
         "`predict` over the same images in the same run. Memory is that of the whole process, TensorFlow included; "
         "*before* is what it held when the measurement began. *Saturated* units are once all there is in some sum.\n"
     )
@@ -629,10 +467,6 @@ COLORS = {
     "bn_scale": "#34495e",
     "random": "#95a5a6",
 }
-
-
-def _on(found: dict) -> str:
-    return f"{found['cpu']}, {found['cores']} cores, Keras {found['versions']['keras']}, {found['backend']}"
 
 
 def pictures(results: dict, folder: Path) -> None:
@@ -727,17 +561,11 @@ def main() -> None:
     elif not given.table:
         measure(given)
     results = load(given.output)
-    write(given.docs, table(results))
+    write(given.docs, MARKERS, table(results))
     pictures(results, Path(given.docs).parent)
     if given.tiny:
         print(Path(given.docs).read_text())
     print(f"wrote {given.output} and {given.docs}", file=sys.stderr)
-
-
-def write(path: str, text: str) -> None:
-    """Between the two markers of the page."""
-    before, rest = Path(path).read_text().split(MARKERS[0])
-    Path(path).write_text(f"{before}{MARKERS[0]}\n{text}\n{MARKERS[1]}{rest.split(MARKERS[1], 1)[1]}")
 
 
 if __name__ == "__main__":

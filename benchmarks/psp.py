@@ -22,7 +22,6 @@ import argparse
 import json
 import math
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -33,6 +32,7 @@ from statistics import median
 
 import keras
 import numpy as np
+from cases import Batches, machine
 
 import keras_prune
 from keras_prune import Channels, datasets, metrics, schedules
@@ -110,40 +110,6 @@ def build(config: dict) -> keras.Model:
         metrics=["accuracy"],
     )
     return model
-
-
-class Batches(keras.utils.PyDataset):
-    """Shuffled by the seed, shifted by up to 4 pixels and mirrored; the last incomplete batch of an epoch is left out.
-
-    `change` is what is done to the images last; without `augmented` they are neither shifted nor mirrored.
-    """
-
-    def __init__(self, x, y, size: int, seed: int, change=lambda x: x, augmented: bool = True):
-        super().__init__()
-        self.x, self.y, self.size, self.change, self.augmented = x, y, size, change, augmented
-        self.random = np.random.default_rng(seed)
-        self.order = self.random.permutation(len(x))
-
-    def __len__(self):
-        return len(self.x) // self.size
-
-    def __getitem__(self, index):
-        some = self.order[self.size * index : self.size * index + self.size]
-        x = shifted(self.x[some], self.random) if self.augmented else self.x[some]
-        return self.change(x), self.y[some]
-
-    def on_epoch_end(self):
-        self.order = self.random.permutation(len(self.x))
-
-
-def shifted(x: np.ndarray, random: np.random.Generator, by: int = 4) -> np.ndarray:
-    """Every image of a batch by its own distance, half of them mirrored."""
-    count, height, width = x.shape[:3]
-    padded = np.pad(x, ((0, 0), (by, by), (by, by), (0, 0)))
-    rows, columns = (random.integers(0, 2 * by + 1, (count, 1)) + np.arange(n) for n in (height, width))
-    mirrored = random.random(count) < 0.5
-    columns[mirrored] = columns[mirrored, ::-1]
-    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
 def images_of(config: dict, folder: str) -> tuple[np.ndarray, ...]:
@@ -384,22 +350,6 @@ def configured(given, structure: str, regularizer: str) -> dict:
         "threshold": THRESHOLDS[regularizer][given.network.rstrip("0123456789")]
         if given.threshold is None
         else given.threshold,
-    }
-
-
-def machine() -> dict:
-    try:
-        processor = Path("/proc/cpuinfo").read_text().split("model name")[1].split(":")[1].split("\n")[0].strip()
-    except (OSError, IndexError):
-        processor = platform.processor() or platform.machine()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    backend = keras.backend.backend()
-    versions = {name: sys.modules[name].__version__ for name in ("keras", backend, "numpy") if name in sys.modules}
-    return {
-        "cpu": processor,
-        "cores": cores,
-        "backend": backend,
-        "versions": {**versions, "python": platform.python_version()},
     }
 
 
