@@ -227,8 +227,12 @@ def images_in(folder: str, name: str) -> datasets.Images:
 
 
 @cache
-def case(network: str, folder: str, work: str, epochs: int, seed: int) -> Case:
-    """The network; one of `TRAINED` is trained for so many epochs with this seed if it is not in `work` yet."""
+def case(network: str, folder: str, work: str, epochs: int, seed: int, count: int | None = None) -> Case:
+    """The network; one of `TRAINED` is trained for so many epochs with this seed if it is not in `work` yet.
+
+    Args:
+        count: train it on so many images only.
+    """
     is_lenet = network.startswith("lenet")
     images, change = images_in(folder, "mnist" if is_lenet else "cifar10"), standardised if is_lenet else imagenet
     if network in TRAINED:
@@ -236,7 +240,7 @@ def case(network: str, folder: str, work: str, epochs: int, seed: int) -> Case:
         if not path.is_file():
             keras.utils.set_random_seed(seed)
             model, start = TRAINED[network](), time.perf_counter()
-            fit(model, images.x_train, images.y_train, change, recipe_for(network, epochs), seed)
+            fit(model, images.x_train[:count], images.y_train[:count], change, recipe_for(network, epochs), seed)
             path.parent.mkdir(parents=True, exist_ok=True)
             model.save(path)
             print(f"trained {path} in {time.perf_counter() - start:.0f} s", flush=True)

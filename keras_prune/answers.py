@@ -42,16 +42,22 @@ class Output:
 
 
 class Exam:
-    """The held-back samples: what the outputs mean, how near the student is to the teacher, its best weights."""
+    """The held-back samples: what the outputs mean, how near the student is to the teacher, its best weights.
 
-    def __init__(self, student, teacher, inputs: list[np.ndarray], batch_size: int):
+    Args:
+        losses: of each output, where they are not those that teacher or student are compiled with.
+    """
+
+    def __init__(self, student, teacher, inputs: list[np.ndarray], batch_size: int, losses: Sequence = ()):
         self.student, self.inputs, self.batch_size = student, inputs, batch_size
         self.view = _view(student)  # predicts without a trace in the student itself
         self.wanted = self.answers(_view(teacher))
         if not all(np.isfinite(a).all() for a in self.wanted):
             raise ValueError("The teacher's answers to x are not finite: are its weights, and x, what they should be?")
         got = self.answers(self.view)
-        losses = [_loss_name(teacher, n) or _loss_name(student, n) for n in range(len(got))]
+        losses = [_name(loss) for loss in losses] or [
+            _loss_name(teacher, n) or _loss_name(student, n) for n in range(len(got))
+        ]
         self.outputs = [
             _output(_activation(teacher, n), _activation(student, n), self.wanted[n], got[n], loss)
             for n, loss in enumerate(losses)
@@ -130,6 +136,10 @@ def _loss_name(model, number: int) -> str:
         loss = loss.get(graph_of(model).output_names[number])
     elif isinstance(loss, (list, tuple)):
         loss = loss[number] if number < len(loss) else None
+    return _name(loss)
+
+
+def _name(loss) -> str:
     return "" if loss is None else str(getattr(loss, "name", getattr(loss, "__name__", loss)))
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -17,6 +18,9 @@ from keras_prune.theory import expected_distinct
 SPARED = 0.1
 """Fraction of each group that the global budget takes only when nothing else is left: an emptied layer cuts the
 network in two, whatever its scores say."""
+
+DECADES = 12
+"""What `pca` leaves unexplained runs over so many powers of ten: tails of spectra are that long."""
 
 Budget = Callable[[list[np.ndarray], float], list[np.ndarray]]
 
@@ -93,6 +97,84 @@ def _expected(scores: np.ndarray, scale: float) -> int:
     return max(1, math.ceil(expected_distinct(there / total, math.ceil(scale * total)) - 1e-9))
 
 
+def components(eigenvalues: np.ndarray, explained: float) -> int:
+    """How many principal components explain this fraction of the variance, at least.
+
+    Args:
+        eigenvalues: variance along each component, in any order. What rounding made negative counts as 0.
+        explained: in [0, 1]; sums that miss it by 1e-12 of the whole meet it.
+
+    Returns:
+        The smallest number; 0 where there is no variance at all.
+
+    >>> [components(np.array([6, 2, 1, 0.5, 0.3, 0.2]), tau) for tau in (0.8, 0.9, 0.95, 0.99)]
+    [2, 3, 4, 6]
+    """
+    ordered = np.sort(np.maximum(np.asarray(eigenvalues, float), 0))[::-1]
+    sums = np.cumsum(ordered)
+    if not len(sums) or not sums[-1] > 0:
+        return 0
+    enough = sums / sums[-1] >= explained - 1e-12
+    return int(np.argmax(enough)) + 1
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """The principal components of what one producer of a group makes: see `responses.spectra`.
+
+    Attributes:
+        name: of the layer.
+        eigenvalues: variance along each component, descending, shape (channels,).
+        slices: channels per unit.
+    """
+
+    name: str
+    eigenvalues: np.ndarray
+    slices: int = 1
+
+    def units(self, explained: float) -> int:
+        """Units that have as many channels as it takes components to explain this fraction of the variance."""
+        return math.ceil(components(self.eigenvalues, explained) / self.slices)
+
+    def share(self, units: int) -> float:
+        """The fraction of the variance that as many components as these units have channels explain at most."""
+        total = float(self.eigenvalues.sum())
+        return float(self.eigenvalues[: units * self.slices].sum()) / total if total > 0 else 1.0
+
+
+def pca(
+    scores: list[np.ndarray],
+    amount: float,
+    spectra: Sequence[Sequence[Spectrum]] | None = None,
+    explained: float | None = None,
+) -> list[np.ndarray]:
+    """Of each group as many units as it takes principal components to explain the same fraction of the variance.
+
+    The fraction is 1 - 10^(-12 (1 - amount)): the long tails of spectra, where it is next to 1, get their share of the
+    amounts. An amount of 0 keeps all. Of several producers of a group the one that needs most decides.
+
+    [Riera et al. 2019, arXiv:1906.02535; Garg et al. 2018, arXiv:1812.06224; a reconstruction]
+
+    Args:
+        scores: per group; the lowest leave.
+        amount: in [0, 1].
+        spectra: per group, of each producer; default: as many equal components as units.
+        explained: the fraction itself, whatever the amount.
+
+    >>> steep = [Spectrum("conv", np.array([1, 1e-3, 1e-6, 1e-9]))]
+    >>> [int((~pca([np.arange(4.0)], amount, [steep])[0]).sum()) for amount in (0, 0.4, 0.6, 0.8)]
+    [4, 3, 2, 1]
+    """
+    if spectra is None:
+        spectra = [[Spectrum("", np.ones(len(s)))] for s in scores]
+    if explained is None and amount <= 0:
+        return [np.zeros(len(s), bool) for s in scores]
+    explained = 1 - 10 ** (-DECADES * (1 - amount)) if explained is None else explained
+    return [
+        _lowest(s, max(0, len(s) - max(each.units(explained) for each in found))) for s, found in zip(scores, spectra)
+    ]
+
+
 def greedy(scores: list[np.ndarray], amount: float) -> list[np.ndarray]:
     """The units that cost least: by the logarithm of the share of their group's scores that would be left.
 
@@ -130,7 +212,13 @@ def _lowest(scores: np.ndarray, n: int) -> np.ndarray:
     return leaves
 
 
-BUDGETS: dict[str, Budget] = {"uniform": uniform, "global": global_, "error_bound": error_bound, "greedy": greedy}
+BUDGETS: dict[str, Budget] = {
+    "uniform": uniform,
+    "global": global_,
+    "error_bound": error_bound,
+    "greedy": greedy,
+    "pca": pca,
+}
 
 
 def get(budget: str | Budget) -> Budget:

@@ -11,7 +11,7 @@ import numbers
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import keras
 import numpy as np
@@ -59,11 +59,12 @@ class DistillReport:
         return "\n".join([line, *self.notes])
 
 
+@keras.saving.register_keras_serializable("keras_prune")
 class OutputLoss(keras.distillation.DistillationLoss):
     """The sum over the outputs of Keras's distillation loss that suits each."""
 
     def __init__(self, outputs: Sequence[Output], temperature: float):
-        self.outputs = outputs
+        self.outputs, self.temperature = list(outputs), temperature
         # A KLDivergence object: from the name "kl_divergence" Keras 3.15 makes a function, and hands it bare logits.
         soft = keras.distillation.LogitsDistillation(temperature, loss=keras.losses.KLDivergence())
         plain = keras.distillation.FeatureDistillation(loss=keras.losses.MeanSquaredError())
@@ -81,6 +82,13 @@ class OutputLoss(keras.distillation.DistillationLoss):
                 output.logits(student, output.student_probabilities),
             )
         return total
+
+    def get_config(self):
+        return {"outputs": [asdict(output) for output in self.outputs], "temperature": self.temperature}
+
+    @classmethod
+    def from_config(cls, config):
+        return cls([Output(**output) for output in config["outputs"]], config["temperature"])
 
 
 def distill(
@@ -128,7 +136,7 @@ def distill(
             fewer than two samples; the teacher's answers are not finite; there is nothing to train.
     """
     began = time.perf_counter()
-    _check_models(student, teacher)
+    check_models(student, teacher)
     _check_numbers(minutes, epochs, batch_size, learning_rate, held_back)
     arrays = [np.asarray(a) for a in keras.tree.flatten(checked_inputs(student, x))]
     if len({len(a) for a in arrays}) > 1 or len(arrays[0]) < 2:
@@ -143,7 +151,7 @@ def distill(
         transform(keras.tree.pack_sequence_as(inputs_of(student), [a[some] for a in arrays]))
         for some in _indices(order[apart:], size, seed)
     )
-    with _as_found(student, teacher):
+    with as_found(teacher), _quick_statistics(student):
         distiller = _distiller(student, teacher, exam.outputs, temperature)
         try:
             steps = _train(distiller, batches, exam, learning_rate, per_epoch, minutes, epochs, progress)
@@ -225,31 +233,47 @@ def _distiller(student, teacher, outputs, temperature) -> keras.distillation.Dis
     distiller = keras.distillation.Distiller(
         teacher, student, OutputLoss(outputs, temperature), student_loss_weight=0.0, dtype="float32"
     )
-    optimizer = keras.optimizers.Adam()
-    if any(layer.compute_dtype == "float16" for layer in layers_of(student)):
-        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)  # not automatic: the distiller itself is float32
+    optimizer = scaling_its_loss(keras.optimizers.Adam(), student)
     distiller.compile(optimizer, loss="mse")  # has to be named; its weight is 0 and there are no labels
     return distiller
 
 
+def scaling_its_loss(optimizer, student):
+    """An optimizer that bears float16: not automatic, as the distiller itself is float32."""
+    optimizer = keras.optimizers.get(optimizer)
+    is_half = any(layer.compute_dtype == "float16" for layer in layers_of(student))
+    if is_half and not isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        optimizer = keras.optimizers.LossScaleOptimizer(optimizer)
+    return optimizer
+
+
 @contextmanager
-def _as_found(student, teacher):
-    """Undo what training needs: Keras's Distiller freezes the teacher for good, and statistics have to keep up."""
+def as_found(teacher):
+    """Give the teacher its trainable flags back: Keras's Distiller freezes it for good."""
     flags = [(item, item.trainable) for item in [*layers_of(teacher), *teacher.variables]]
+    try:
+        yield
+    finally:
+        for item, flag in flags:  # from the model down: a layer's flag overwrites those inside it
+            item.trainable = flag
+
+
+@contextmanager
+def _quick_statistics(student):
+    """Statistics that keep up with a short training: of 0.99, a third of the old would be left after 100 steps."""
     norms = [layer for layer in layers_of(student) if isinstance(layer, layers.BatchNormalization)]
     momenta = [layer.momentum for layer in norms]
     try:
-        for layer in norms:  # with 0.99, a third of the old statistics would be left after 100 steps
+        for layer in norms:
             layer.momentum = min(layer.momentum, 0.9)
         yield
     finally:
         for layer, momentum in zip(norms, momenta):
             layer.momentum = momentum
-        for item, flag in flags:  # from the model down: a layer's flag overwrites those inside it
-            item.trainable = flag
 
 
-def _check_models(student, teacher) -> None:
+def check_models(student, teacher) -> None:
+    """Raise unless the one can learn from the other."""
     for model in (student, teacher):
         check_model(model)
     for what, read in (("inputs", inputs_of), ("outputs", outputs_of)):

@@ -28,8 +28,9 @@ from keras_prune.surgery import check_finite, zero_masks
 
 WHOLE = ("weights", "filters")
 REVIVED = ("value", "zero")
-OF_ENTRIES = ("l1", "l2", "linf", "random", "taylor")
-"""Criteria that say something about a single weight; of one number l1, l2 and linf are all its magnitude."""
+OF_ENTRIES = ("l1", "l2", "linf", "random", "taylor", "taylor_weight")
+"""Criteria that say something about a single weight; of one number l1, l2 and linf are all its magnitude, and taylor
+and taylor_weight the same."""
 FAINT = 1e-6
 """What is gone is ranked by what it was, times this: below whatever is still there."""
 
@@ -93,7 +94,7 @@ class DropPruning(GradualPruning):
         revive: what returns has the "value" it had when it was dropped, or "zero": its kernel's entries are zero then.
             (All else of a unit comes back as it was: behind a ReLU nothing else would let it learn.)
         criterion: for filters as for `keras_prune.plan`; for weights "l1", "l2", "linf" (all of them the magnitude),
-            "taylor", "random", or a function (entries, 1) -> (entries,).
+            "taylor", "taylor_weight", "random", or a function (entries, 1) -> (entries,).
         budget: how the last step spreads the sparsity: "uniform" over kernels or groups, as the chain does, or
             "global"; for filters any of `plan`.
         measure, round_to: for filters, as for `keras_prune.plan`.
@@ -174,7 +175,7 @@ class DropPruning(GradualPruning):
         made = _Single if self.kind == "weights" else _Units
         self._pool = made(self.channels, self.arguments, self.removed)
         self._is_settled, self._is_first = False, True
-        self._memory = _Memory(self.channels, self.model.optimizer, self.revive)
+        self._memory = _Memory(self.channels, self.trainer.optimizer, self.revive)
         self._memory.hold(self._pool.masks(is_settled=False))
         drop_out, drop_in = self.asked
         if drop_in is None:
@@ -336,14 +337,17 @@ class _Single:
         return sparsity
 
     def scores(self, seed) -> dict[str, np.ndarray]:
-        """Scores of all entries by kernel; with "taylor" frozen layers, which have no gradient, have none."""
+        """Scores of all entries by kernel; by gradients frozen layers, which have none, have no scores."""
         criterion, found = self.arguments["criterion"], {}
         function = criteria.get(criterion, seed)
-        shadows = gradient_times_weight(self.channels, self.arguments["data"]) if criterion == "taylor" else [None]
+        shadows, of_batch = [{id(k): keras.ops.convert_to_numpy(k) for k in self.entries.kernels.values()}], np.ravel
+        if isinstance(criterion, str) and criterion in criteria.LABELLED:
+            shadows = gradient_times_weight(self.channels, self.arguments["data"])
+            of_batch = criteria.LABELLED[criterion]
         for name, kernel in self.entries.kernels.items():
-            arrays = [keras.ops.convert_to_numpy(kernel) if s is None else s.get(id(kernel)) for s in shadows]
-            if arrays[0] is not None:
-                rows = np.stack([a.ravel().astype("float32") for a in arrays], axis=1)
+            if id(kernel) in shadows[0]:
+                entries = [s[id(kernel)].reshape(-1, 1).astype("float32") for s in shadows]
+                rows = np.stack([of_batch(e) for e in entries], axis=1)
                 found[name] = np.asarray(function(rows), "float64")
         return found
 

@@ -125,3 +125,9 @@ def seeds_of(model) -> list:
 def never_cast(variable) -> None:
     """From now on a variable is read as it is stored, also in a layer that computes in half precision."""
     variable._autocast = False
+
+
+def updates_now(optimizer):
+    """Whether the step that is being taken changes the weights (1 or True), or only accumulates gradients."""
+    steps = optimizer.gradient_accumulation_steps
+    return (optimizer._iterations + 1) % steps == 0 if steps else 1.0

@@ -18,7 +18,7 @@ from keras_prune.internals import rates_of
 from keras_prune.pruners import FilterPruning, Pruner
 from keras_prune.rounds import measured, plain, read_curve, restart, write_curve
 from keras_prune.surgery import drawn_anew, slot_holder, zero_masks
-from keras_prune.weights import WeightPruning
+from keras_prune.weights import BOUNDED, WeightPruning
 
 BETWEEN = ("finetune", "rewind_init", "rewind_step_k", "reinit", "scratch_e", "scratch_b")
 
@@ -53,7 +53,7 @@ class IterativePruning(Pruner):
         path: a .json file that the curve is written to after every epoch; the weights to rewind to lie next to it
             (.npz). With it a run that is killed and restored (keras.callbacks.BackupAndRestore) goes on as before.
         seed: for what is drawn anew, and for random pruning: the same seed, the same weights.
-        arguments: as for `WeightPruning` (kind, budget, protect) or `FilterPruning` (measure, criterion, budget,
+        arguments: as for `WeightPruning` (kind, budget, data, protect) or `FilterPruning` (measure, criterion, budget,
             round_to, protect, data).
 
     Attributes:
@@ -105,9 +105,9 @@ class IterativePruning(Pruner):
         for name in ("every", "unit", "soft", "error"):
             if name in arguments:
                 raise ValueError(f"{name}= does not go with IterativePruning: its rounds are epochs, its zeros stay.")
-        if arguments.get("budget") == "lipschitz":
+        if arguments.get("budget") in BOUNDED:
             raise ValueError(
-                "budget='lipschitz' decides by itself how much goes; IterativePruning asks for a fraction."
+                f"budget={arguments['budget']!r} decides by itself how much goes; IterativePruning asks for a fraction."
             )
         if path is not None:
             check_writable(str(path))
@@ -143,7 +143,7 @@ class IterativePruning(Pruner):
         return self.first if self.weights == "scratch_e" else None
 
     def begin(self) -> None:
-        self.inner.set_model(self.model)
+        self.inner.set_model(self.trainer)
         self.inner.set_params(self.params)
         self.inner.channels = self.channels
         self.inner.begin()
@@ -168,7 +168,7 @@ class IterativePruning(Pruner):
         if step in self._prunings():
             reached = self.figures()
             entry = {"keep": 1 - self.schedule(step), "sparsity": reached.get("weight_sparsity"), **reached}
-            entry["pruned"] = measured(self.model, self.validation_data)
+            entry["pruned"] = measured(self.trainer, self.validation_data)
             self._set_back(number)
         elif step == 0:
             entry = {"keep": 1.0, "sparsity": 0.0, "pruned": {}}
@@ -196,7 +196,7 @@ class IterativePruning(Pruner):
             self.curve[-1]["retrained"] = plain(logs or {})
             write_curve(self.path, self.curve)
         if self.last_round() and self.round_of(epoch) == self.rounds:
-            self.model.stop_training |= self.epoch_of_round(epoch) + 1 >= self.last_round()
+            self.trainer.stop_training |= self.epoch_of_round(epoch) + 1 >= self.last_round()
 
     # -- the work --------------------------------------------------------------------------------------------------
 
@@ -254,7 +254,7 @@ class IterativePruning(Pruner):
     def _note(self, batches: int) -> None:
         """Keep the present weights, and that they are those after so many batches."""
         if keras.backend.backend() == "jax":  # training keeps its own copy of the weights between callbacks
-            self.model.jax_state_sync()
+            self.trainer.jax_state_sync()
         self.rewound_to, self._noted = batches, [_plain_array(v) for v in self.model.weights]
         file = self._file()
         if file is not None:
@@ -275,9 +275,9 @@ class IterativePruning(Pruner):
                 mask = masks.get(id(variable))
                 variable.assign(value if mask is None else np.where(mask, value, 0).astype(value.dtype))
         if is_new or is_rewound or self.restart:
-            restart(self.model.optimizer)
-        if self.weights == "rewind_step_k" and rates_of(slot_holder(self.model.optimizer)) is not None:
-            for variable in self.model.optimizer.variables:
+            restart(self.trainer.optimizer)
+        if self.weights == "rewind_step_k" and rates_of(slot_holder(self.trainer.optimizer)) is not None:
+            for variable in self.trainer.optimizer.variables:
                 if variable.name == "iteration":
                     variable.assign(self.rewound_to)
         epochs = self.params.get("epochs")

@@ -26,7 +26,7 @@ class GroupPlan:
         layers: names of the layers that make the units.
         before, after: width in channels of the layer that makes them.
         lowest_kept, highest_removed: scores, None where nothing was scored or removed.
-        note: why it was left alone, if it was.
+        note: why it was left alone, if it was; with budget="pca" what its width explains.
     """
 
     layers: tuple[str, ...]

@@ -1,18 +1,21 @@
-"""Run data through the model once and leave shadows: arrays shaped like the weights.
+"""Run data through the model once and leave shadows: arrays shaped like the weights. Also those that need no data.
 
 Backend-neutral: the gradients are taken by Keras's own training step, with an optimizer that only writes them down.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import keras
 import numpy as np
 
-from keras_prune.channels import Channels
+from keras_prune.channels import Channels, Group
+from keras_prune.groups import Member
 from keras_prune.internals import inputs_of
+from keras_prune.program import Program
 from keras_prune.recalibration import input_batches
+from keras_prune.sites import Site, sites_of, tail_of
 from keras_prune.surgery import checked_inputs, copied
 
 
@@ -97,6 +100,65 @@ def _in_order(model: keras.Model, batch):
     return batch
 
 
+def folded(channels: Channels) -> dict[int, np.ndarray]:
+    """A shadow without data: `{id(variable): weight}`, kernels times what the BatchNormalization right behind does.
+
+    Each output of such a kernel is multiplied by gamma / sqrt(moving variance + epsilon), so that it no longer
+    matters how a filter's scale is shared between kernel and normalisation. All other weights are as they are.
+    """
+    program = Program(channels.model)
+    found = {id(w.variable): keras.ops.convert_to_numpy(w.variable) for w in channels.weights}
+    for site, norm in _normalised(channels, program):
+        rank = len(program.steps[site.steps[0]].node.outputs[0].shape)
+        scale = 1 / np.sqrt(keras.ops.convert_to_numpy(norm.moving_variance) + norm.epsilon)
+        if norm.scale:
+            scale = scale * keras.ops.convert_to_numpy(norm.gamma)
+        lined = scale.reshape([-1 if axis == norm.axis % rank else 1 for axis in range(rank)])
+        found[id(site.kernel)] = site.view.kernel(site.matrix() * site.view.outputs(lined, np.zeros(1, int)))
+    return found
+
+
+def gates_of(channels: Channels) -> Callable[[Group], list[list[Member]]]:
+    """Of a group, one list of members for each layer that makes its units: those whose gradients x weights add up to
+    the gradient at a gate of 1 that multiplies a unit there.
+
+    These are gamma and beta of the BatchNormalization right behind a kernel, else kernel and bias; a frozen
+    normalisation is a constant factor, and the gate may as well stand before it. A normalisation that is trained and
+    has no gamma leaves nothing that tells it: no list.
+
+    Source:
+        z = g (gamma x + beta): dL/dg = sum of z dL/dz at g = 1 = gamma dL/dgamma + beta dL/dbeta.
+    """
+    norms = {id(s.kernel): norm for s, norm in _normalised(channels, Program(channels.model)) if norm.trainable}
+
+    def gates(group: Group) -> list[list[Member]]:
+        makers = [m for m in group.members if not m.reads and not m.weight.is_statistic]
+        found: dict[tuple, dict[int, Member]] = {}
+        for member in group.producers:
+            norm = norms.get(id(member.weight.variable))
+            if norm is None:
+                layer, path, _ = _place(member)
+                parts = [m for m in makers if _place(m) == (layer, path, "bias")] + [member]
+            else:
+                layer, path, parts = id(norm), "", [m for m in makers if m.weight.layer is norm and norm.scale]
+            found.setdefault((layer, path), {}).update((id(m.weight.variable), m) for m in parts)
+        return [list(parts.values()) for parts in found.values() if parts]
+
+    return gates
+
+
+def _place(member: Member) -> tuple[int, str, str]:
+    """(id of the layer, path to what holds the weight, the weight's name there)."""
+    path, _, name = member.weight.name.rpartition(".")
+    return id(member.weight.layer), path, name
+
+
+def _normalised(channels: Channels, program: Program) -> list[tuple[Site, keras.layers.BatchNormalization]]:
+    """Kernels, and the BatchNormalization right behind, of those that have one with a scale for each output."""
+    tails = [(site, tail_of(program, site).norm) for site in sites_of(channels, program)]
+    return [(site, norm) for site, norm in tails if norm is not None]
+
+
 def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> list[dict[int, np.ndarray]]:
     """One shadow per batch: `{id(variable): gradient of the loss x weight}`.
 
@@ -112,7 +174,7 @@ def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> li
     loss = getattr(model, "loss", None) if model.compiled else None
     if loss is None:
         raise ValueError(
-            f"criterion 'taylor' needs a loss, but model {model.name!r} is not compiled: call "
+            f"This criterion needs a loss, but model {model.name!r} is not compiled: call "
             "model.compile(loss=...) first."
         )
     copy, twin = copied(channels)

@@ -162,14 +162,14 @@ class ProvablePruning(FilterPruning):
         if not self._starts_round(step):  # a restored run may begin within one
             return
         if self.restart:
-            restart(self.model.optimizer)
+            restart(self.trainer.optimizer)
         self.curve.append(
             {
                 "round": step // self.retrain,
                 "epoch": step,
                 "keep": 1 - self.schedule(step),
                 **self.figures(),
-                "pruned": measured(self.model, self.validation_data),
+                "pruned": measured(self.trainer, self.validation_data),
                 "retrained": {},
             }
         )
@@ -183,7 +183,7 @@ class ProvablePruning(FilterPruning):
     def _reweigh(self, multipliers: np.ndarray) -> None:
         """Multiply what reads the drawn units, and its averages, which take its place at the end (use_ema)."""
         for weight, factor in reader_factors(self.channels, multipliers):
-            averages = [v for v in slots_of(self.model.optimizer, weight.variable) if v.name.endswith("average")]
+            averages = [v for v in slots_of(self.trainer.optimizer, weight.variable) if v.name.endswith("average")]
             for variable in (weight.variable, *averages):
                 variable.assign(keras.ops.convert_to_numpy(variable) * factor)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numbers
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import keras
 import numpy as np
@@ -24,19 +24,66 @@ class KeepZeros(keras.constraints.Constraint):
     """Multiplies a variable by a 0/1 mask after every update, after whatever constraint the user had.
 
     It sits on the variable, not in the layer's config: saved models know nothing of it.
+
+    Attributes:
+        inner: the user's constraint, or None.
+        mask: the 0/1 mask.
+        shrink: None, or a function value -> value that is part of the update: it sees the masked value, and the
+            user's constraint has the last word.
     """
 
     def __init__(self, variable: keras.Variable):
         self.inner = variable.constraint
         self.mask = keras.Variable(np.ones(variable.shape), dtype=variable.dtype, trainable=False, name="mask")
+        self.shrink: Callable | None = None
 
     def __call__(self, value):
+        if self.shrink is not None:
+            value = self.shrink(value * self.mask)
         if self.inner is not None:
             value = self.inner(value)
         return value * self.mask  # one operation per step; the zeros may carry a sign until training ends
 
 
-class Pruner(keras.callbacks.Callback):
+class ScalePenalty(keras.regularizers.Regularizer):
+    """L1 on some of the scales of a norm, besides whatever regularizer the user had; it sits on the variable as well.
+
+    Args:
+        variable: the scales.
+        strength: of the penalty, above 0.
+        which: 1 where it counts, shape of the variable.
+    """
+
+    def __init__(self, variable: keras.Variable, strength: float, which: np.ndarray):
+        self.inner = variable.regularizer
+        self.factors = (strength * which).astype("float32")
+
+    def __call__(self, value):
+        scales = keras.ops.cast(value, "float32")
+        # |scales|, whose gradient is the sign on every backend: of abs JAX takes another one at 0
+        penalty = keras.ops.sum(scales * keras.ops.stop_gradient(keras.ops.sign(scales)) * self.factors)
+        return penalty if self.inner is None else penalty + keras.ops.cast(self.inner(value), "float32")
+
+
+class TrainingCallback(keras.callbacks.Callback):
+    """A callback that knows the network in `fit`, also where a `keras.distillation.Distiller` is fitted.
+
+    Attributes:
+        trainer: what `fit` was called on: it has the optimizer and the training step.
+        model: the network: the same, or the student of the Distiller.
+    """
+
+    @property
+    def trainer(self) -> keras.Model:
+        return super().model  # on JAX this also brings the weights up to date
+
+    @property
+    def model(self) -> keras.Model:
+        trainer = super().model
+        return trainer.student if isinstance(trainer, keras.distillation.Distiller) else trainer
+
+
+class Pruner(TrainingCallback):
     """Base of all pruning callbacks: it asks `masks(step)` when a step is due, writes the zeros, and holds them.
 
     A subclass writes `masks`; it may override `begin` (called once the weights are those training starts from, that
@@ -90,13 +137,13 @@ class Pruner(keras.callbacks.Callback):
             self.channels = Channels(self.model)
         self._began = False
         self._last_step = None
-        self._base = int(self.model.optimizer.iterations)
-        prepare_to_hold(self.model, [weight.variable for weight in self.channels.weights])
+        self._base = int(self.trainer.optimizer.iterations)
+        prepare_to_hold(self.model, [weight.variable for weight in self.channels.weights], self.trainer)
 
     def on_epoch_begin(self, epoch, logs=None):
         steps = self.params.get("steps")
         if self.unit == "batch":
-            self._first = epoch * steps if steps else int(self.model.optimizer.iterations) - self._base
+            self._first = epoch * steps if steps else int(self.trainer.optimizer.iterations) - self._base
         if not self._began:  # only now has BackupAndRestore restored, wherever it stands in the list of callbacks
             self._began = True
             self.begin()
@@ -141,26 +188,39 @@ class Pruner(keras.callbacks.Callback):
         """Write the zeros of this step, and hold them if pruning is hard."""
         backend = keras.backend.backend()
         if backend == "jax":  # training keeps its own copy of the weights between callbacks
-            self.model.jax_state_sync()
+            self.trainer.jax_state_sync()
         pairs = list(self.masks(step))
         changed = False
         for variable, mask in pairs:
             write_zeros(variable, mask)
             if self.holds(step) and isinstance(variable.constraint, KeepZeros):
-                hold_zeros(self.model.optimizer, variable, mask)
+                hold_zeros(self.trainer.optimizer, variable, mask)
                 changed = True
         if changed and backend == "jax":  # a mask is a constant of JAX's compiled step
-            self.model.make_train_function(force=True)
+            compile_anew(self.trainer, self.model)
 
 
-def prepare_to_hold(model: keras.Model, variables: Sequence[keras.Variable]) -> None:
-    """Give those of the variables that are trained a mask, all ones as yet, if they have none."""
+def prepare_to_hold(
+    model: keras.Model, variables: Sequence[keras.Variable], trainer: keras.Model | None = None
+) -> None:
+    """Give those of the variables that are trained a mask, all ones as yet, if they have none.
+
+    Args:
+        trainer: what trains them, where that is not the model itself.
+    """
     trainable = {id(v) for v in model.trainable_variables}
     new = [v for v in variables if id(v) in trainable and not isinstance(v.constraint, KeepZeros)]
     for variable in new:
         variable.constraint = KeepZeros(variable)
     if new:  # a step function from an earlier fit would not see the constraint
-        model.make_train_function(force=True)
+        compile_anew(model, *([] if trainer is None else [trainer]))
+
+
+def compile_anew(*models: keras.Model) -> None:
+    """Make the training steps anew: what rides on variables is seen only when a step is traced."""
+    for model in {id(m): m for m in models}.values():
+        if model.compiled:
+            model.make_train_function(force=True)
 
 
 def hold_zeros(optimizer, variable: keras.Variable, mask: np.ndarray) -> None:
@@ -171,15 +231,16 @@ def hold_zeros(optimizer, variable: keras.Variable, mask: np.ndarray) -> None:
 
 
 def release(model: keras.Model) -> None:
-    """Stop holding zeros: take the pruners' masks off a model's variables, to train it on without pruning.
+    """Stop holding zeros: take masks and penalties off a model's variables, to train it on without pruning.
 
     The zeros themselves stay until something is learned in their place, or other weights are loaded.
     """
     for variable in model.variables:
         if isinstance(variable.constraint, KeepZeros):
             variable.constraint = variable.constraint.inner
-    if model.compiled:
-        model.make_train_function(force=True)
+        if isinstance(variable.regularizer, ScalePenalty):
+            variable.regularizer = variable.regularizer.inner
+    compile_anew(model)
 
 
 def slots_of(optimizer, variable: keras.Variable) -> list[keras.Variable]:

@@ -10,10 +10,12 @@ import numpy as np
 
 from keras_prune import criteria
 from keras_prune.channels import Channels, Group
-from keras_prune.probes import gradient_times_weight, unlabelled
+from keras_prune.probes import folded, gates_of, gradient_times_weight, unlabelled
+from keras_prune.responses import map_ranks, nonzero
 from keras_prune.sensitivity import sample_size, sensitivities
-from keras_prune.surgeon import curves
+from keras_prune.surgeon import curves, plain_curves
 
+WITHOUT_GATE = ": frozen, or before a normalisation without gamma, for which there is criterion='taylor_weight'"
 DELTA = 1e-16
 """Accepted probability of failure of "pfp", where none is asked for."""
 
@@ -24,7 +26,7 @@ def scores_of(
     """Scores per group index, -inf for units that are gone, and how many samples they took, if they took inputs.
 
     Args:
-        data: as the criterion takes it; labelled for "taylor", inputs for those of `READERS`.
+        data: as the criterion takes it; labelled for those of `criteria.LABELLED`, inputs for those of `READERS`.
         reasons: by group index, why it is left alone; groups that cannot be scored are added.
         alive: units that are there, shape (unit_count,).
         inputs: `unlabelled(data)`, where the caller has it already.
@@ -39,14 +41,13 @@ def scores_of(
 
 def scores_of_rows(channels, name, function: Callable, data, reasons: dict, alive) -> dict[int, np.ndarray]:
     """Scores per group index, -inf for units that are gone. Groups that cannot be scored are added to `reasons`."""
-    shadows = gradient_times_weight(channels, data) if name == "taylor" else None
-    scores = {}
+    blocks_of, scores = _rows_of(channels, name if isinstance(name, str) else "", data), {}
     for group in channels.groups:
         if group.index in reasons:
             continue
-        blocks = _blocks(channels, group, name, shadows)
+        blocks = blocks_of(group)
         if not blocks:
-            reasons[group.index] = f"has nothing for {name} to score"
+            reasons[group.index] = f"has nothing for {name} to score" + (WITHOUT_GATE if name in criteria.GATES else "")
             continue
         here = alive[group.units]
         if not here.any():
@@ -74,40 +75,75 @@ def scores_of_readers(channels, name, inputs, delta, reasons: dict, alive) -> tu
     return scores, samples
 
 
-def _by_surgeon(channels, inputs, groups, delta):
-    found, unknown = curves(channels, inputs, groups=groups)
-    return {k: curve.scores() for k, curve in found.items()}, unknown, len(keras.tree.flatten(inputs)[0])
+def _by_curves(channels, inputs, groups, delta, curves_of=curves):
+    found, unknown = curves_of(channels, inputs, groups=groups)
+    return {k: curve.scores() for k, curve in found.items()}, unknown, _count(inputs)
 
 
 def _by_sensitivity(channels, inputs, groups, delta, kernel_reduction="sum"):
-    arrays = keras.tree.flatten(inputs)
-    count, wanted = len(arrays[0]), sample_size(channels, delta)
-    if wanted < count:  # more would only raise the scores; by chance, as data may be sorted by class
-        chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])
-        inputs = keras.tree.map_structure(lambda a: a[chosen], inputs)
+    inputs = _some(inputs, sample_size(channels, delta))  # more would only raise the scores
     found = sensitivities(channels, inputs, groups=groups, kernel_reduction=kernel_reduction)
     return {k: sensitivity.ranking() for k, sensitivity in found.groups.items()}, found.notes, found.samples
 
 
+def _by_responses(channels, inputs, groups, delta, measured, at_most=None):
+    inputs = inputs if at_most is None else _some(inputs, at_most)
+    found, unknown = measured(channels, inputs, groups=groups)
+    return found, unknown, _count(inputs)
+
+
+def _count(inputs) -> int:
+    return next(len(a) for a in keras.tree.flatten(inputs) if a is not None)
+
+
+def _some(inputs, wanted: int):
+    """So many samples, by chance, as data may be sorted by class."""
+    count = _count(inputs)
+    if wanted >= count:
+        return inputs
+    chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])
+    return keras.tree.map_structure(lambda a: None if a is None else a[chosen], inputs)
+
+
 READERS = {
-    "obs": _by_surgeon,
+    "obs": _by_curves,
+    "thinet": functools.partial(_by_curves, curves_of=plain_curves),
     "pfp": _by_sensitivity,
     "pfp_max": functools.partial(_by_sensitivity, kernel_reduction="max"),
+    "hrank": functools.partial(_by_responses, measured=map_ranks, at_most=640),  # so many as in the paper
+    "apoz": functools.partial(_by_responses, measured=nonzero),
 }
 """Criteria that look at what reads the units: (channels, inputs, groups, delta) -> scores and reasons by group index,
 and how many samples that took."""
 
 
-def _blocks(channels: Channels, group: Group, name, shadows) -> list[np.ndarray]:
-    """The rows a criterion looks at, one block per producer."""
-    if name in criteria.SCALES and isinstance(name, str):
-        scales = [m for m in group.members if m.weight.name == "gamma"]
-        return channels.blocks(group, members=scales) if scales else []
-    if shadows is None:
-        return channels.blocks(group)
-    known = [m for m in group.producers if id(m.weight.variable) in shadows[0]]
-    per_batch = [channels.blocks(group, shadow, known) for shadow in shadows] if known else []
-    return [np.stack([b[k].sum(axis=1) for b in per_batch], axis=1) for k in range(len(known))]
+def _rows_of(channels: Channels, name: str, data) -> Callable[[Group], list[np.ndarray]]:
+    """What gives a criterion its rows: of each group one block per producer."""
+    if name in criteria.LABELLED:
+        return _of_gradients(channels, name, data)
+    if name in criteria.FOLDED:
+        weights = folded(channels)
+        return lambda group: channels.blocks(group, weights)
+    if name in criteria.SCALES:
+        return lambda group: _blocks(channels, group, [m for m in group.members if m.weight.name == "gamma"])
+    return channels.blocks
+
+
+def _of_gradients(channels: Channels, name: str, data) -> Callable[[Group], list[np.ndarray]]:
+    """One feature per batch; without producers whose gradient is not known, as they are frozen."""
+    shadows, of_batch = gradient_times_weight(channels, data), criteria.LABELLED[name]
+    parts = gates_of(channels) if name in criteria.GATES else lambda group: [[m] for m in group.producers]
+
+    def blocks(group):
+        known = [some for some in parts(group) if all(id(m.weight.variable) in shadows[0] for m in some)]
+        each = [[np.concatenate(_blocks(channels, group, some, s), axis=1) for s in shadows] for some in known]
+        return [np.stack([of_batch(rows) for rows in batches], axis=1) for batches in each]
+
+    return blocks
+
+
+def _blocks(channels: Channels, group: Group, members, values=None) -> list[np.ndarray]:
+    return channels.blocks(group, values, members) if members else []
 
 
 def _normalised(scores, group: Group, n: int) -> np.ndarray:

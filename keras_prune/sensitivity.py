@@ -213,16 +213,29 @@ def _recurrence(group: Group) -> str:
 
 def _show(readers: Sequence, program: Program, data, batch_size: int, memory: int, what: str, progress: bool) -> int:
     """Run the data through the network and show every reader what it is given; the number of samples."""
-    data = checked_inputs(program.model, data)
-    for batch in watched(list(batches_of(program.model, data, batch_size)), what, progress):
-        values, at = program.start(batch), 0
-        for reader in readers:
-            first, last = reader.site.steps[0], reader.site.steps[-1]
-            values, at = program.run(values, at, first), first
-            for x in inputs_of_layer(program, values, reader.site.layer, first, last):
-                for block, rows, weights in _pieces(reader.site, x, memory):
-                    reader.take(block, rows, weights)
+    sites = [reader.site for reader in readers]
+    for number, x in shown(sites, program, data, batch_size, what, progress):
+        for block, _, _, rows, weights in pieces(sites[number], x, memory):
+            readers[number].take(block, rows, weights)
     return next(len(a) for a in keras.tree.flatten(data) if a is not None)
+
+
+def shown(
+    sites: Sequence[Site], program: Program, data, batch_size: int, title: str = "", progress: bool = False
+) -> Iterator[tuple[int, np.ndarray]]:
+    """(number of the site, what its layer is given), of all calls of all sites, batch by batch.
+
+    Args:
+        sites: in the order in which they are first used, as `sites_of` gives them.
+    """
+    data = checked_inputs(program.model, data)
+    for batch in watched(list(batches_of(program.model, data, batch_size)), title, progress):
+        values, at = program.start(batch), 0
+        for number, site in enumerate(sites):
+            first, last = site.steps[0], site.steps[-1]
+            values, at = program.run(values, at, first), first
+            for x in inputs_of_layer(program, values, site.layer, first, last):
+                yield number, x
 
 
 def _warn(found: list[Sensitivity]) -> None:
@@ -266,7 +279,7 @@ class _Reader:
 
     def take(self, block: int, rows: np.ndarray, weights: np.ndarray) -> None:
         """Take in the shares in `rows @ weights`, both without negative numbers: (rows, columns), (columns, sums)."""
-        inverse = _inverse(self.site, rows, weights)
+        inverse = inverse_of(self.site, rows, weights)
         sums = int(np.count_nonzero(inverse))
         if not sums:
             return
@@ -292,34 +305,43 @@ class _Deviation:
 
     def take(self, block: int, rows: np.ndarray, weights: np.ndarray) -> None:
         """Take in the change of the sums in `rows @ weights`; arguments as for `_Reader`."""
-        changed = np.abs(rows @ (weights * self.change[block][:, None])) * _inverse(self.site, rows, weights)
+        changed = np.abs(rows @ (weights * self.change[block][:, None])) * inverse_of(self.site, rows, weights)
         self.largest = max(self.largest, float(changed.max(initial=0)))
 
 
-def _pieces(site: Site, x: np.ndarray, memory: int) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """(block, rows, weights): all that a kernel multiplies of a batch's input, some positions, outputs and one sign of
-    the inputs at a time; the weights of both signs side by side, (columns, sums)."""
+def pieces(site: Site, x: np.ndarray, memory: int) -> Iterator[tuple[int, int, int, np.ndarray, np.ndarray]]:
+    """All that a kernel multiplies of a batch's input, some positions, outputs and one sign of the inputs at a time:
+    (block, sign of the inputs, first output, rows, weights).
+
+    The sign is 0 for the positive part and 1 for the negative one, which is left out where there is none; the weights
+    of both signs are side by side, (columns, sums). Rows and weights hold no negative numbers.
+    """
     matrix, view = site.matrix(), site.view
     outputs, (rows, columns) = matrix.shape[-1], _portions(matrix.shape, memory)
     count = view.count(x.shape)
     for start in range(0, count, rows):
         seen = view.rows(x, np.arange(start, min(start + rows, count)))
         for block, part in enumerate(seen):
-            for signed in _signs(part):
+            for sign, signed in enumerate(_signs(part)):
                 for first in range(0, outputs, columns):
                     weights = matrix[block, :, first : first + columns].astype(np.float32)
-                    yield block, signed, np.concatenate(list(_signs(weights, both=True)), axis=1)
+                    yield block, sign, first, signed, np.concatenate(list(_signs(weights, both=True)), axis=1)
 
 
-def _inverse(site: Site, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+def inverse_of(site: Site, rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """1 / (rows @ weights), 0 where that is no larger than rounding noise."""
     made = rows @ weights
-    if not np.isfinite(made).all():
+    refuse_infinite(site, made)
+    return np.divide(1, made, out=np.zeros_like(made), where=made > EPSILON)
+
+
+def refuse_infinite(site: Site, values: np.ndarray) -> None:
+    """A ValueError if what was measured at a site is not finite."""
+    if not np.isfinite(values).all():
         raise ValueError(
             f"Layer {site.layer.name!r} is given NaN or infinite numbers on this data, or makes them: is the "
             "data, and is the model, what it should be?"
         )
-    return np.divide(1, made, out=np.zeros_like(made), where=made > EPSILON)
 
 
 def _signs(array: np.ndarray, both: bool = False) -> Iterator[np.ndarray]:

@@ -1,7 +1,8 @@
-"""Which units leave, by what their removal does to everything that reads them: structured optimal brain surgeon.
+"""Which units leave, by what their removal does to everything that reads them.
 
 For every group the readers' inputs are measured once on the original network. Then units leave one by one, the
-cheapest first, the others taking over what they can; what that costs is the group's curve.
+cheapest first; what that costs is the group's curve. The others take over what they can (`curves`, the structured
+optimal brain surgeon), or stay as they are (`plain_curves`, ThiNet).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from keras_prune.program import Program, batches_of
 from keras_prune.reconstruction import WIDE, choose, inputs_of_layer, watched
 from keras_prune.sites import Site, intercept_of, sites_of, tail_of, unmeasured
 from keras_prune.surgery import checked_inputs
+from keras_prune.thinet import greedy, products_of, sampled_products
 
 LOOKS = (0.25, 0.6)
 """Fractions of a group at whose removal the network's own output is looked at."""
@@ -33,7 +35,7 @@ class Curve:
         group: the group.
         order: places of its units in the order in which they leave; the last one of all stays.
         error: squared error at its readers ÷ the variance of what they make, summed over them, after 1, 2, ... units,
-            shape (units - 1,): all other weights of the readers take over what they can.
+            shape (units - 1,): all other weights of the readers take over what they can. Of `plain_curves` as it says.
         damage: the same in terms of the network's own output, where that was measured (see `damage.Damage`).
     """
 
@@ -84,26 +86,73 @@ def curves(
     Raises:
         ValueError: data that does not fit the model, or is not finite.
     """
+    survey = _Survey(channels, groups)
     data = checked_inputs(channels.model, data)
-    program = Program(channels.model)
-    sites = sites_of(channels, program)
-    found, reasons, ready = {}, {}, []
-    for group in channels.groups if groups is None else groups:
-        reason = unmeasured(channels, group, sites)
-        if reason:
-            reasons[group.index] = reason
-        else:
-            ready.append(group)
     exam = None if exam_data is None else Damage(channels, exam_data, batch_size, memory)
     if exam:
-        ready.sort(key=exam.start)
-    batches = list(batches_of(channels.model, data, batch_size))
-    samples = len(keras.tree.flatten(data)[0])
-    for some in watched(list(_portions(ready, sites, memory)), "measure", progress):
-        measured = _measured(program, _readers(some, sites), batches, samples, rows, memory, seed)
-        for group in some:
-            found[group.index] = _curve(group, sites, measured, exam, program)
-    return found, reasons
+        survey.ready.sort(key=exam.start)
+    measured = survey.sums(data, rows, batch_size, memory, seed, progress)
+    found = {g.index: _curve(g, survey.sites, sums, exam, survey.program) for g, sums in measured}
+    return found, survey.reasons
+
+
+def plain_curves(
+    channels: Channels,
+    data,
+    *,
+    groups: Sequence[Group] | None = None,
+    rows: int = 16384,
+    batch_size: int = 64,
+    memory: int = 2**31,
+    seed: int = 0,
+    progress: bool = False,
+) -> tuple[dict[int, Curve], dict[int, str]]:
+    """The same where nobody takes over: ThiNet's greedy order [Luo et al. 2017, arXiv:1707.06342].
+
+    Their error is that of one sampled output value per position; here it is that of all of them, which takes no more
+    than the products of the readers' inputs. A reader with more than `reconstruction.WIDE` columns is looked at as in
+    the paper, by sampled values. [several readers of a group, each with an equal say, are a reconstruction]
+
+    Args:
+        channels, data, groups, rows, batch_size, memory, seed, progress: as for `curves`.
+
+    Returns:
+        (curves by group index, reasons by group index why there is none). The errors are squared errors at the
+        readers ÷ the sum of the squares of what they make without their biases, summed over the readers: means count,
+        as nothing makes up for them.
+
+    Raises:
+        ValueError: data that does not fit the model, or is not finite.
+    """
+    survey = _Survey(channels, groups)
+    data, found = checked_inputs(channels.model, data), {}
+    for group, sums in survey.sums(data, rows, batch_size, memory, seed, progress):
+        products = np.zeros((len(group), len(group)))
+        for site in _readers([group], survey.sites):
+            products += _products(sums[id(site.kernel)], site.matrix(), site.columns(group), seed)
+        found[group.index] = Curve(group, *greedy(products))
+    return found, survey.reasons
+
+
+class _Survey:
+    """The groups whose readers can be measured, and why the others cannot."""
+
+    def __init__(self, channels: Channels, groups: Sequence[Group] | None):
+        self.program = Program(channels.model)
+        self.sites = sites_of(channels, self.program)
+        every = channels.groups if groups is None else groups
+        reasons = {group.index: unmeasured(channels, group, self.sites) for group in every}
+        self.reasons = {index: reason for index, reason in reasons.items() if reason}
+        self.ready = [group for group in every if group.index not in self.reasons]
+
+    def sums(self, data, rows, batch_size, memory, seed, progress) -> Iterator[tuple[Group, dict[int, Normal | list]]]:
+        """Each group, and by id(kernel) what was measured at everything that reads it."""
+        batches = list(batches_of(self.program.model, data, batch_size))
+        samples = len(keras.tree.flatten(data)[0])
+        for some in watched(list(_portions(self.ready, self.sites, memory)), "measure", progress):
+            readers = _readers(some, self.sites)
+            measured = _measured(self.program, readers, batches, samples, rows, memory, seed)
+            yield from ((group, measured) for group in some)
 
 
 def _readers(groups: Sequence[Group], sites: Sequence[Site]) -> list[Site]:
@@ -130,7 +179,7 @@ def _bytes(site: Site) -> int:
 def _measured(program, sites, batches, samples, rows, memory, seed) -> dict[int, Normal | list]:
     """id(kernel) -> sums over its rows and what it makes of them, on the original network."""
     matrices = {id(site.kernel): site.matrix() for site in sites}
-    # Too wide for the products of all columns: only the rows are kept, see `_alone`.
+    # Too wide for the products of all columns: only the rows are kept.
     sums: dict[int, Normal | list] = {
         key: Normal(*m.shape) if m.shape[1] <= WIDE else [] for key, m in matrices.items()
     }
@@ -198,3 +247,15 @@ def _alone(rows: np.ndarray, matrix: np.ndarray, columns: list[np.ndarray], has_
         whole += squares(x @ weights)
         costs += [squares(x[:, at] @ weights[at])[0 if has_intercept else 1] for at in places]
     return costs / _energy(*whole)
+
+
+def _products(sums: Normal | list, matrix: np.ndarray, columns: list[np.ndarray], seed: int) -> np.ndarray:
+    """ThiNet's products of a reader, all its blocks together, as shares of the squares of what it makes."""
+    if isinstance(sums, list):
+        rows, rng = np.concatenate(sums, axis=1), np.random.default_rng(seed)
+        parts = [sampled_products(*block, rng) for block in zip(rows, matrix, columns)]
+        found, squares = sum(p[0] for p in parts), sum(p[1] for p in parts)
+    else:
+        found = sum(products_of(*block) for block in zip(sums.gram, matrix.astype(np.float64), columns))
+        squares = float(sums.square.sum())
+    return found / max(squares, 1e-30)

@@ -1,4 +1,4 @@
-"""Pruning of single weights: zeros anywhere in a kernel, chosen at random or by magnitude.
+"""Pruning of single weights: zeros anywhere in a kernel, by magnitude, by what they do on data, or at random.
 
 [Qian & Klabjan: A Probabilistic Approach to Neural Network Pruning, ICML 2021, arXiv:2105.10065] Single zeros make a
 file smaller (`keras_prune.save_compact`), not a network faster; units that happen to be all zero leave with `strip`.
@@ -17,12 +17,21 @@ import numpy as np
 from keras_prune import schedules
 from keras_prune.channels import Channels
 from keras_prune.entries import KINDS, Entries, count_of
+from keras_prune.entry_scores import MEASURED, PER_NEURON
 from keras_prune.lipschitz import OutputBound, gains, output_bound, outputs_on
 from keras_prune.pruners import Pruner
 from keras_prune.surgery import check_finite, checked_inputs, copied, write_zeros
 from keras_prune.theory.perturbation import largest_fraction
 
-BUDGETS = ("uniform", "global", "lipschitz")
+BUDGETS = ("uniform", "global", "erk", "share", "lipschitz")
+BOUNDED = ("share", "lipschitz")
+"""Budgets that say by themselves how much goes; once per training."""
+
+PROVABLE = ("magnitude", "random")
+"""Kinds that go with budget="lipschitz"."""
+
+SPARSITY = 0.5
+SHARE = 0.05
 WEIGHTS = ("measured", "uniform", "gaussian")
 
 
@@ -34,15 +43,39 @@ class WeightPruning(Pruner):
 
     Args:
         sparsity: the fraction of the kernels' entries to set to zero: a number in [0, 1), `{step: sparsity}`, or a
-            schedule (`keras_prune.schedules`). Not with budget="lipschitz".
-        kind: which entries leave first: "magnitude", the smallest |w|, or "random".
+            schedule (`keras_prune.schedules`). Not with budget="share" or "lipschitz".
+        kind: which entries leave first: one of those below.
         budget: "uniform", floor(sparsity * n) of the n entries of every kernel; "global", as many of all entries
-            together; "lipschitz", as many of each kernel as `error` allows.
-        error, data, input_norm, weights: for budget="lipschitz", see `prunable_fractions`. The network as it is when
+            together; "erk", as many together, kernels with many entries more of them [`entries.erk`: Evci et al. 2020,
+            arXiv:1911.11134]; "share", of each neuron as many as have no more than `share` together (kind="links" or
+            "sipp"); "lipschitz", as many of each kernel as `error` allows (kind="magnitude" or "random").
+        data: what is measured: (x, y) or batches of it for "snip", where the first 16 batches (of 32) are taken;
+            unlabelled inputs for "sipp", "links" and budget="lipschitz", where a few hundred are enough.
+        share: for budget="share": in (0, 1). The network is pruned once, when `fit` begins: train it first.
+        error, input_norm, weights: for budget="lipschitz", see `prunable_fractions`. The network as it is when
             `fit` begins is what the error is measured against, so train it first; it is pruned once.
         protect: layers, names, or name patterns ("head_*") whose kernels stay whole.
         every, unit: prune each `every` steps; a step is an "epoch" or a "batch".
         seed: for "random": the same seed, the same entries.
+
+    Kinds, and what stays longest:
+        "magnitude": the largest |w|.
+        "random": by chance; the control.
+        "lamp": the largest w^2 / (sum of the squares of all weights of its kernel that are at least as large)
+            [Lee et al., ICLR 2021, arXiv:2010.07611]. For budget="global": within a kernel it is the magnitude.
+        "snip": the largest |gradient of the loss x weight|, signed average over the batches first, so that it needs a
+            compiled model and labels [Lee et al., ICLR 2019, arXiv:1810.02340]. Meant for a network that is not yet
+            trained and budget="global". Of kernels only, where the authors' code ranks biases, too; batches run as in
+            training. Kernels that are not trained stay whole.
+        "sipp": the largest share of the sum of its neuron, split by the signs of weights and inputs; the mean over the
+            positions of a sample, the largest over the samples [Baykal et al., SiPP, arXiv:1910.05422; the scores of
+            the deterministic form, without its budgets per neuron].
+        "links": the largest share of |w| mean |input| in its neuron; each neuron keeps its largest link [a
+            reconstruction of Riera et al., (Pen-)Ultimate DNN Pruning, arXiv:1906.02535].
+
+    "snip", "sipp" and "links" measure again whenever more is to leave, on the weights as they are then. Kernels that
+    "sipp" and "links" cannot see as matrices (recurrent and depthwise-of-separable ones) stay whole, with a warning
+    that names them; the sparsity is that of the others.
 
     Attributes:
         fractions: {layer: fraction of its kernel that is held at zero}, once something was pruned.
@@ -61,12 +94,13 @@ class WeightPruning(Pruner):
 
     def __init__(
         self,
-        sparsity: float | Mapping[int, float] | schedules.Schedule = 0.5,
+        sparsity: float | Mapping[int, float] | schedules.Schedule = SPARSITY,
         *,
         kind: str = "magnitude",
         budget: str = "uniform",
-        error: float | None = None,
         data=None,
+        share: float = SHARE,
+        error: float | None = None,
         input_norm: float | None = None,
         weights: str = "measured",
         protect: Sequence = (),
@@ -75,18 +109,19 @@ class WeightPruning(Pruner):
         seed: int | None = None,
     ):
         super().__init__(every=every, unit=unit)
-        _check(kind, budget, sparsity, error, data, weights)
+        _check(kind, budget, sparsity, data, share, error, weights)
         self.schedule = schedules.get(sparsity)
         self.kind, self.budget, self.protect, self.seed = kind, budget, protect, seed
+        self.data, self.share = data, share
         self.asked = dict(error=error, data=data, input_norm=input_norm, weights=weights)
         self.fractions: dict[str, float] = {}
         self.bound = None
         self.entries: Entries | None = None
 
     def begin(self) -> None:
-        self.entries = Entries(self.channels, self.kind, self.protect, self.seed)
-        self.bound = None
-        if self.budget != "lipschitz":
+        self.entries = Entries(self.channels, self.kind, self.protect, self.seed, self.data)
+        self.bound, self._is_done = None, False
+        if self.budget not in BOUNDED:
             schedules.warn_if_too_short(self, self.schedule, self.unit)
 
     def ends_at(self) -> int | None:
@@ -95,12 +130,14 @@ class WeightPruning(Pruner):
     def masks(self, step: int):
         check_finite(self.model)
         entries = self.entries
-        if self.budget == "lipschitz":
-            if self.bound is None and not (step and entries.some_gone()):  # a restored run keeps what it has
+        if self.budget not in BOUNDED:
+            entries.remove(schedules.check_sparsity(self.schedule(step), "WeightPruning by its schedule"), self.budget)
+        elif not self._is_done and not (step and entries.some_gone()):  # a restored run keeps what it has
+            if self.budget == "share":
+                entries.remove_share(self.share)
+            else:
                 self.bound = _remove_within(entries, self.channels, **self.asked)[0]
-        else:
-            target = schedules.check_sparsity(self.schedule(step), "WeightPruning by its schedule")
-            entries.remove(target, together=self.budget == "global")
+        self._is_done = True
         self.fractions = entries.fractions()
         return entries.masks()
 
@@ -112,16 +149,35 @@ class WeightPruning(Pruner):
         return {"weight_sparsity": float(1 - nonzero / total)}
 
 
-def _check(kind, budget, sparsity, error, data, weights) -> None:
+def _check(kind, budget, sparsity, data, share, error, weights) -> None:
     for name, value, known in (("kind", kind, KINDS), ("budget", budget, BUDGETS), ("weights", weights, WEIGHTS)):
         if value not in known:
             raise ValueError(f"{name}={value!r} was passed; known: {', '.join(map(repr, known))}.")
-    if budget != "lipschitz" and (error is not None or data is not None):
-        raise ValueError(f"error and data go with budget='lipschitz', not with budget={budget!r}.")
+    for name, kinds in (("share", PER_NEURON), ("lipschitz", PROVABLE)):
+        if budget == name and kind not in kinds:
+            raise ValueError(f"budget={name!r} goes with kind={' or '.join(map(repr, kinds))}, not with kind={kind!r}.")
+    if budget != "lipschitz" and error is not None:
+        raise ValueError(f"error= goes with budget='lipschitz', not with budget={budget!r}.")
     if budget == "lipschitz" and (error is None or data is None):
         raise ValueError("budget='lipschitz' asks for error= and data= instead of a sparsity; pass both.")
-    if budget == "lipschitz" and sparsity != 0.5:
-        raise ValueError("budget='lipschitz' takes what error= allows; leave out the sparsity.")
+    if budget in BOUNDED and sparsity != SPARSITY:
+        asked = "error=" if budget == "lipschitz" else "share="
+        raise ValueError(f"budget={budget!r} takes what {asked} allows; leave out the sparsity.")
+    if kind in MEASURED and data is None:
+        what = "data=(x, y), or batches of it" if kind == "snip" else "data=, unlabelled inputs of the model"
+        raise ValueError(f"kind={kind!r} measures on data: pass {what}.")
+    if kind not in MEASURED and budget != "lipschitz" and data is not None:
+        raise ValueError(
+            f"kind={kind!r} with budget={budget!r} looks at no data: leave out data=, or use one of the kinds that "
+            f"measure ({', '.join(map(repr, MEASURED))}) or budget='lipschitz'."
+        )
+    if budget != "share" and share != SHARE:
+        raise ValueError(f"share= goes with budget='share', not with budget={budget!r}, which asks for a sparsity.")
+    if isinstance(share, bool) or not isinstance(share, numbers.Real) or not 0 < share < 1:
+        raise ValueError(
+            f"share={share!r} was passed; expected a number above 0 and below 1: what the entries that leave a neuron "
+            "may have together."
+        )
     if error is not None and (isinstance(error, bool) or not isinstance(error, numbers.Real) or not 0 <= error < 1):
         raise ValueError(
             f"error={error!r} was passed; expected a number in [0, 1), a fraction of the largest output: a network "
@@ -202,7 +258,7 @@ def prunable_fractions(
 
     Source: shares as in [Qian & Klabjan, ICML 2021, arXiv:2105.10065], whose constants were not at hand; derived here.
     """
-    _check(kind, "lipschitz", 0.5, error, data, weights)
+    _check(kind, "lipschitz", SPARSITY, data, SHARE, error, weights)
     check_finite(model)
     channels = Channels(model)
     entries = Entries(channels, kind, protect, seed)
@@ -314,12 +370,13 @@ def _largest_output(model: keras.Model, data) -> float:
 
 def prune_weights(
     model: keras.Model,
-    sparsity: float = 0.5,
+    sparsity: float = SPARSITY,
     *,
     kind: str = "magnitude",
     budget: str = "uniform",
-    error: float | None = None,
     data=None,
+    share: float = SHARE,
+    error: float | None = None,
     input_norm: float | None = None,
     weights: str = "measured",
     protect: Sequence = (),
@@ -330,20 +387,23 @@ def prune_weights(
     Args:
         model: a built Functional or Sequential model; it is not changed.
         sparsity: the fraction of zeros, a number in [0, 1).
-        kind, budget, error, data, input_norm, weights, protect, seed: as for `WeightPruning`.
+        kind, budget, data, share, error, input_norm, weights, protect, seed: as for `WeightPruning`.
 
     Raises:
         TypeError, ValueError: a model that cannot be walked, weights that are not finite, or an argument out of range.
     """
-    _check(kind, budget, sparsity, error, data, weights)
+    _check(kind, budget, sparsity, data, share, error, weights)
     schedules.check_sparsity(sparsity, "prune_weights")
     channels = Channels(model)
     check_finite(model)
     if budget == "lipschitz":
         asked = dict(data=data, input_norm=input_norm, weights=weights)
         return prunable_fractions(model, error, kind=kind, protect=protect, seed=seed, **asked).model
-    entries = Entries(channels, kind, protect, seed)
-    entries.remove(sparsity, together=budget == "global")
+    entries = Entries(channels, kind, protect, seed, data)
+    if budget == "share":
+        entries.remove_share(share)
+    else:
+        entries.remove(sparsity, budget)
     copy, twins = copied(channels)
     for variable, mask in entries.masks():
         write_zeros(twins[id(variable)], mask)

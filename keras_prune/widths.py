@@ -33,15 +33,16 @@ class Choice:
     def least(self, group: Group) -> int:
         return min(self.grid(group), len(group))
 
-    def counts(self, amount: float) -> list[int]:
-        """Units kept per group at this amount, rounded to the grid; the order in which they leave is kept too."""
+    def counts(self, amount: float, up: bool = False) -> list[int]:
+        """Units kept per group at this amount, rounded to the grid, or up to it; the order in which they leave is kept
+        too."""
         leaves = self.budget(self.scores, amount)
         kept = []
         for k, (group, gone) in enumerate(zip(self.groups, leaves)):
             # What the budget removes goes first, then the lowest scores: rounding may take or give back a few.
             self.orders[k] = np.lexsort((self.scores[k], ~gone))
             n, step = len(group) - int(gone.sum()), self.grid(group)
-            rounded = int(n / step + 0.5) * step
+            rounded = math.ceil(n / step) * step if up else int(n / step + 0.5) * step
             kept.append(min(self.whole[k], len(group) if rounded >= len(group) else max(rounded, self.least(group))))
         return kept
 

@@ -46,5 +46,7 @@ def test_equal_scores_leave_evenly_from_all_groups_and_exactly_as_many_as_asked(
 
 
 def test_unknown_budget_lists_the_known_ones():
-    with pytest.raises(ValueError, match="budget='fair' is not known. Known: error_bound, global, greedy, uniform"):
+    with pytest.raises(
+        ValueError, match="budget='fair' is not known. Known: error_bound, global, greedy, pca, uniform"
+    ):
         budgets.get("fair")

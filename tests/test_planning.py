@@ -200,7 +200,7 @@ def test_unknown_spatial_size_is_counted_as_assumed_and_said():
         (dict(sparsity=1.0), "expected a number in"),
         (dict(sparsity="half"), "expected a number in"),
         (dict(measure="flops"), "macs, memory, params"),
-        (dict(criterion="l3"), "Known: bn_scale"),
+        (dict(criterion="l3"), "Known: .*bn_scale"),
         (dict(budget="fair"), "Known: error_bound, global"),
         (dict(round_to=0), "whole number from 1"),
         (dict(protect=["nothing*"]), "fits no layer"),

@@ -130,7 +130,7 @@ def test_random_positions_are_reproducible_and_uniform():
 
     def drawn(seed):
         entries = Entries(channels, "random", seed=seed)
-        entries.remove(0.3, together=False)
+        entries.remove(0.3)
         return entries.gone["dense0"]
 
     found = [drawn(seed) for seed in range(draws)]
@@ -445,9 +445,9 @@ def test_data_that_says_nothing_is_refused():
     [
         (dict(sparsity=1.5), "To keep 20 % write sparsity=0.8"),
         (dict(kind="smallest"), "'magnitude', 'random'"),
-        (dict(budget="layer"), "'uniform', 'global', 'lipschitz'"),
+        (dict(budget="layer"), "'uniform', 'global', 'erk', 'share', 'lipschitz'"),
         (dict(budget="lipschitz"), "error= and data="),
-        (dict(error=0.1), "go with budget='lipschitz'"),
+        (dict(error=0.1), "goes with budget='lipschitz'"),
         (dict(budget="lipschitz", error=0.1, data=X, sparsity=0.3), "leave out the sparsity"),
         (dict(budget="lipschitz", error=-0.1, data=X), "error=-0.1"),
         (dict(budget="lipschitz", error=1, data=X), "always answers 0 has an error of 1"),

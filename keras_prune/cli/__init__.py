@@ -278,13 +278,21 @@ def _inspect(given) -> int:
 
 def _planned(given):
     from keras_prune import plan
+    from keras_prune.criteria import LABELLED
+    from keras_prune.scoring import READERS
 
-    if given.criterion == "taylor":
-        raise ValueError("criterion taylor needs labelled data: call keras_prune.plan(model, data=(x, y)) in Python.")
-    if given.criterion in ("pfp", "pfp_max"):
-        raise ValueError("criterion pfp needs data: call keras_prune.plan(model, criterion='pfp', data=x) in Python.")
-    if given.criterion == "obs":
+    name = given.criterion
+    if name in LABELLED:
+        raise ValueError(
+            f"criterion {name} needs labelled data: call keras_prune.plan(model, criterion={name!r}, data=(x, y)) in "
+            "Python."
+        )
+    if name == "obs":
         raise ValueError("criterion obs looks at data: use keras-prune compress ... --images folder/.")
+    if name in READERS:
+        raise ValueError(
+            f"criterion {name} needs data: call keras_prune.plan(model, criterion={name!r}, data=x) in Python."
+        )
     model = _loaded(given.model, given.unsafe)
     return plan(
         model,

@@ -93,6 +93,8 @@ def sentence(parser, measure: bool = True) -> None:
     )
     if measure:
         parser.add_argument("--measure", default="macs", help="macs, params, memory, units, latency_ms")
-    parser.add_argument("--criterion", default="l2", help="l1, l2, linf, fpgm, bn_scale, random")
+    parser.add_argument(
+        "--criterion", default="l2", help="l1, l2, linf, l1_folded, l2_folded, fpgm, fpgm_mix, bn_scale, random"
+    )
     parser.add_argument("--budget", default="global", help="global, uniform, greedy")
     parser.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")

@@ -13,7 +13,7 @@ from keras_prune.surgery.stripping import (
     relative_difference,
     strip,
 )
-from keras_prune.surgery.training import optimizer_like, slot_holder
+from keras_prune.surgery.training import fresh_metric, optimizer_like, slot_holder
 from keras_prune.surgery.zeros import dead_units, reader_factors, write_zeros, zero, zero_masks
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "cut_with_twins",
     "dead_units",
     "drawn_anew",
+    "fresh_metric",
     "model_inputs",
     "optimizer_like",
     "psp_layers",

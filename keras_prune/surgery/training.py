@@ -22,7 +22,7 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
         return
     arguments = compile_arguments_of(old)
     for key in ("metrics", "weighted_metrics"):
-        arguments[key] = keras.tree.map_structure(_fresh_metric, arguments.get(key))
+        arguments[key] = keras.tree.map_structure(fresh_metric, arguments.get(key))
     arguments["optimizer"] = sliced_optimizer(old.optimizer, variables, sliced, new.trainable_variables)
     try:
         new.compile(**arguments)
@@ -30,7 +30,7 @@ def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) ->
         warnings.warn(f"The cut model is not compiled: {error}. Call its compile() yourself.", stacklevel=5)
 
 
-def _fresh_metric(metric):
+def fresh_metric(metric):
     """Metrics hold state, so the new model gets its own."""
     if not isinstance(metric, keras.metrics.Metric):
         return metric
