@@ -113,11 +113,12 @@ def fit(model, x, y, change, recipe: Recipe, seed: int, callbacks=()) -> float:
             variable.regularizer = keras.regularizers.L2(DECAY / 2)
     batches = Batches(x, y, recipe.batch, seed, change, recipe.augmented)
     optimizer = keras.optimizers.SGD(Rate(recipe, len(batches)), momentum=0.9)
-    model.compile(optimizer, keras.losses.SparseCategoricalCrossentropy(from_logits=True))
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(optimizer, loss)
     start = time.perf_counter()
     model.fit(batches, epochs=recipe.epochs, shuffle=False, verbose=0, callbacks=list(callbacks))
     seconds = time.perf_counter() - start
-    model.compile("sgd", model.loss)  # the rate of a recipe does not go into a file
+    model.compile("sgd", loss)  # the rate of a recipe does not go into a file
     return seconds
 
 

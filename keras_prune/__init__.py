@@ -83,6 +83,7 @@ _MODULES = (
     "provable",
     "pruners",
     "recalibration",
+    "responses",
     "rules",
     "schedules",
     "searching",

@@ -112,6 +112,19 @@ def rates_of(optimizer):
     return None if isinstance(rate, keras.Variable) else rate
 
 
+def config_without_rates(optimizer, holder) -> dict:
+    """An optimizer's config without its schedule of learning rates, which may be a user's own that has none.
+
+    Args:
+        holder: the optimizer that has the rate: the same, or the one inside.
+    """
+    rates, holder._learning_rate = holder._learning_rate, 0.0
+    try:
+        return optimizer.get_config()
+    finally:
+        holder._learning_rate = rates
+
+
 def decays(optimizer, variable) -> bool:
     """Whether the optimizer's weight decay acts on a variable."""
     return optimizer._use_weight_decay(variable)

@@ -173,11 +173,11 @@ def test_delta_changes_widths_where_readers_differ_and_only_there():
 
 
 @pytest.mark.parametrize(
-    "criterion", ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp", "pfp_max")
+    "criterion", ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp", "pfp_max", "hrank", "thinet")
 )
 def test_every_criterion_will_do(criterion):
     model, (x, y) = compiled(widths=(8, 12)), patterns(16)
-    data = {"taylor": (x, y), "obs": x, "pfp": x, "pfp_max": x}.get(criterion)
+    data = {"taylor": (x, y), **dict.fromkeys(("obs", "pfp", "pfp_max", "hrank", "thinet"), x)}.get(criterion)
     result = plan(
         randomize(model),
         0.4,
@@ -861,13 +861,10 @@ def test_a_fresh_optimizer_trains_as_a_new_one_does():
     )
 
 
-def test_a_restart_needs_no_registered_schedule():
+def test_a_restart_needs_no_schedule_that_is_registered_or_has_a_config():
     class Mine(keras.optimizers.schedules.LearningRateSchedule):
         def __call__(self, step):
             return 0.01 / (1 + keras.ops.cast(step, "float32"))
-
-        def get_config(self):
-            return {}
 
     for rate in (Mine(), lambda: 0.01):
         model = network(keras.optimizers.Adam(rate))

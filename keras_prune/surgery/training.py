@@ -7,7 +7,7 @@ import warnings
 
 import keras
 
-from keras_prune.internals import compile_arguments_of, decays, rates_of, variables_of
+from keras_prune.internals import compile_arguments_of, config_without_rates, decays, rates_of, variables_of
 
 
 def compile_like(old: keras.Model, new: keras.Model, variables: dict, sliced) -> None:
@@ -91,11 +91,9 @@ def sliced_optimizer(old, variables: dict, sliced, trainable=()):
 def optimizer_like(old: keras.optimizers.Optimizer) -> keras.optimizers.Optimizer:
     """A new optimizer of the same kind, not built. A schedule of learning rates is the same object: a user's own may
     not be registered, so that it would not come out of a config again."""
-    config, rates = old.get_config(), rates_of(slot_holder(old))
-    if rates is not None:
-        for part in (config, config.get("inner_optimizer", {}).get("config", {})):
-            if "learning_rate" in part:
-                part["learning_rate"] = 0.0
+    holder = slot_holder(old)
+    rates = rates_of(holder)
+    config = old.get_config() if rates is None else config_without_rates(old, holder)
     new = type(old).from_config(config)
     if rates is not None:
         slot_holder(new).learning_rate = rates
