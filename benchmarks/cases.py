@@ -280,7 +280,8 @@ def machine() -> dict:
 
 def on(found: dict) -> str:
     """A machine in words."""
-    return f"{found['cpu']}, {found['cores']} cores, Keras {found['versions']['keras']}, {found['backend']}"
+    cores = "1 core" if found["cores"] == 1 else f"{found['cores']} cores"
+    return f"{found['cpu']}, {cores}, Keras {found['versions']['keras']}, {found['backend']}"
 
 
 def load(path: str | Path) -> dict:

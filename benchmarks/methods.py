@@ -148,9 +148,9 @@ def compressed(trial: Trial) -> keras.Model:
     return small
 
 
-def while_training(trial: Trial, callback: Callable[[Trial], keras.callbacks.Callback], kind=copied) -> keras.Model:
+def while_training(trial: Trial, callback: Callable[[Trial], keras.callbacks.Callback]) -> keras.Model:
     """Train with a callback, then strip."""
-    model = kind(trial.case.model)
+    model = copied(trial.case.model)
     trial.train(model, callback(trial))
     return strip(model)
 
@@ -183,11 +183,6 @@ def from_scratch(trial: Trial) -> keras.Model:
     small = kp.redrawn(plan(trial.case.channels, trial.sparsity, budget="uniform", round_to=1).cut(), trial.seed)
     trial.train(small)
     return small
-
-
-def psp(trial: Trial):
-    ramp = schedules.polynomial(0.0, trial.sparsity, begin=0, stop=trial.steps)
-    return kp.SparsityTarget(ramp, measure="macs", unit="batch", every=10, hold=True)
 
 
 def in_batches(trial: Trial) -> dict:
@@ -235,7 +230,6 @@ UNITS: dict[str, Callable[[Trial], keras.Model]] = {
             t.recipe.epochs, 1 - t.kept ** (1 / t.recipe.epochs), units=True, first=0, **UNIFORM
         ),
     ),
-    "psp": partial(while_training, callback=psp, kind=lambda model: kp.psp_model(model, "channel", say=None)),
     "slimming": slimmed,
     "group lasso": lassoed,
     "scratch": from_scratch,
@@ -427,19 +421,19 @@ def accuracies(rows: list[dict], key: str = "accuracy") -> list[float]:
 
 
 def table(rows: list[dict], family: str, methods=None) -> list[str]:
-    """A row for each method, a column for each share."""
+    """A row for each method, the best first; a column for each share."""
     mine = select(rows, family=family)
     kepts = sorted({row["kept"] for row in mine}, reverse=True)
+    main = max(kepts, key=lambda k: len(select(mine, kept=k)))
     there = [m for m in FAMILIES[family] if select(mine, method=m) and (methods is None or m in methods)]
-    ranked = [m for m in there if m not in CONTROLS]
-    shown = [*ranked, *(m for m in CONTROLS if m in there)]
-    best = {k: best_of({m: accuracies(select(mine, method=m, kept=k)) for m in shown}) for k in kepts}
-    cuts = family == "units" and 0.5 in kepts
-    head = "method | " + ("50%, before training | " if cuts else "")
+    there.sort(key=lambda m: (m in CONTROLS, -mean(accuracies(select(mine, method=m, kept=main)) or [0])))
+    best = {k: best_of({m: accuracies(select(mine, method=m, kept=k)) for m in there}) for k in kepts}
+    cuts = any("cut" in row for row in select(mine, kept=main))
+    head = "method | " + (f"{main:.0%}, before training | " if cuts else "")
     lines = [head + " | ".join(f"{k:.0%} {HEADS[family]}" for k in kepts), "---" + "|---:" * (len(kepts) + cuts)]
-    for method in shown:
+    for method in there:
         name = f"*{method}* (control)" if method in CONTROLS else method
-        cells = [spread(accuracies(select(mine, method=method, kept=0.5), "cut"))] if cuts else []
+        cells = [spread(accuracies(select(mine, method=method, kept=main), "cut"))] if cuts else []
         for kept in kepts:
             some = select(mine, method=method, kept=kept)
             cell = spread(accuracies(some)) + strayed(some, family)
@@ -456,8 +450,9 @@ def strayed(rows: list[dict], family: str) -> str:
 
 
 def best_of(values: dict[str, list[float]]) -> list[str]:
-    """The best mean and all within one standard deviation of it; nobody where there is nobody else."""
-    known = {m: v for m, v in values.items() if v}
+    """The best mean and all within one standard deviation of it, of those with the most seeds."""
+    most = max((len(v) for v in values.values()), default=0)
+    known = {m: v for m, v in values.items() if v and len(v) == most}
     if len(known) < 2:
         return []
     top = max(known, key=lambda m: mean(known[m]))
@@ -475,8 +470,9 @@ def page(results: dict, network: str) -> str:
         f"{spread(accuracies(whole))}% trained on like all rows\n",
         f"{whole[0]['params']:,} parameters, {whole[0]['macs'] / 1e6:.1f} M MACs. Training: {epochs} epochs on "
         f"{images:,} images, batches of 64, SGD 0.01 with momentum 0.9, a cosine to 0. Test accuracy in per cent, mean "
-        f"± standard deviation over the seeds of a cell ({seeds_of(rows)}); a cell without ± "
-        "is one seed. Bold: the best mean and whatever is within one of its standard deviations. – was not run.\n",
+        f"± standard deviation over the seeds of a cell ({seeds_of(rows)}); a cell without ± is one seed. Bold: of the "
+        "rows with the most seeds the best mean, and whatever is within one of its standard deviations. – was not "
+        "run.\n",
     ]
     for family in FAMILIES:
         if select(rows, family=family):
@@ -500,20 +496,22 @@ def verdict(rows: list[dict], family: str) -> str:
     lines = []
     for kept in sorted({r["kept"] for r in rows if r["family"] == family}, reverse=True):
         control = accuracies(select(rows, family=family, method="random", kept=kept))
-        if len(control) < 2:
-            continue
-        level = []
-        for method in FAMILIES[family]:
-            values = accuracies(select(rows, family=family, method=method, kept=kept))
-            if method not in CONTROLS and len(values) > 1:
-                noise = (stdev(values) ** 2 / len(values) + stdev(control) ** 2 / len(control)) ** 0.5
-                if mean(values) - mean(control) <= 2 * noise:
-                    level.append(method)
-        told = ", ".join(level) if level else "none"
-        lines.append(f"at {kept:.0%} {told}")
+        found = {m: accuracies(select(rows, family=family, method=m, kept=kept)) for m in FAMILIES[family]}
+        if len(control) > 1:
+            level = [m for m, values in found.items() if values and m not in CONTROLS and not is_above(values, control)]
+            lines.append(f"at {kept:.0%} {', '.join(level) or 'none'}")
     if not lines:
         return ""
-    return "Not above the random control by more than two standard errors of the difference: " + "; ".join(lines) + "."
+    return (
+        f"Not above the random control by more than two standard errors of the difference: {'; '.join(lines)}. (A "
+        "method with one seed is taken to vary as much as the control does.)"
+    )
+
+
+def is_above(values: list[float], control: list[float]) -> bool:
+    spread = stdev(values) if len(values) > 1 else stdev(control)
+    noise = (spread**2 / len(values) + stdev(control) ** 2 / len(control)) ** 0.5
+    return mean(values) - mean(control) > 2 * noise
 
 
 def search_lines(rows: list[dict]) -> str:
