@@ -149,7 +149,7 @@ FOLDED = frozenset({"l1_folded", "l2_folded"})
 """Criteria whose rows are kernels times gamma / sqrt(variance + epsilon) of the BatchNormalization right behind."""
 
 GATES = frozenset({"taylor"})
-"""Criteria whose rows are gradients at a gate: of gamma and beta right behind a kernel, else of kernel and bias."""
+"""Criteria whose rows are gradients at a gate: of gamma and beta of the norm behind a kernel, else kernel and bias."""
 
 
 def _total(block: np.ndarray) -> np.ndarray:

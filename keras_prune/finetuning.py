@@ -35,7 +35,7 @@ def finetune(
     optimizer=None,
     learning_rate=None,
     batch_size: int | None = None,
-    callbacks: Sequence[keras.callbacks.Callback] = (),
+    callbacks: Sequence[keras.callbacks.Callback] | keras.callbacks.Callback | None = (),
     validation_data=None,
     **fit_arguments,
 ) -> keras.callbacks.History:
@@ -99,7 +99,7 @@ def finetune(
             y,
             epochs=epochs,
             batch_size=batch_size,
-            callbacks=list(callbacks),
+            callbacks=[] if callbacks is None else keras.tree.flatten(callbacks),
             validation_data=validation_data,
             **fit_arguments,
         )
@@ -141,6 +141,7 @@ def _distiller(student, teacher, x, alpha, temperature, loss) -> FineTuner:
             raise ValueError(f"{name}={value!r} was passed for distillation; expected {expected}.")
     if isinstance(x, Iterator):
         raise ValueError("x can be read only once; expected arrays, or a data set that can be read again.")
+    x = list(x) if isinstance(x, tuple) else x  # several inputs; not (x, y)
     inputs = keras.tree.flatten(unlabelled(student, x, LOOKED_AT))
     losses = () if loss is None else per_output(student, loss)
     outputs = Exam(student, teacher, inputs, 64, losses).outputs
@@ -172,7 +173,10 @@ class FineTuner(keras.distillation.Distiller):
     def compute_loss(self, x=None, y=None, y_pred=None, sample_weight=None, training=True):
         """As of Keras, and the penalties of the student's layers."""
         if sample_weight is not None:
-            raise ValueError("Distillation takes no sample weights: keras.distillation.Distiller leaves them out.")
+            raise ValueError(
+                "Distillation takes no sample weights: keras.distillation.Distiller leaves them out. Pass (x, y) "
+                "without them, and no class_weight; or train without a teacher."
+            )
         if y_pred is None:
             y_pred = self(x, training=training)
         penalties = list(self.losses)  # before the teacher runs
@@ -219,5 +223,5 @@ def _weighted(loss, weight) -> Callable:
     """A loss times its weight; of an output without a loss nothing."""
     if loss is None:
         return lambda y, answers: keras.ops.zeros(())
-    loss = keras.losses.get(loss)
-    return loss if weight is None else lambda y, answers: weight * keras.ops.mean(loss(y, answers))
+    loss, weight = keras.losses.get(loss), 1.0 if weight is None else weight
+    return lambda y, answers: weight * keras.ops.mean(loss(y, answers))  # of a name Keras has one loss per sample

@@ -43,7 +43,8 @@ class NetworkSlimming(TrainingCallback):
         `scales`: the mean of |gamma| of the penalised scales.
 
     A training that an exception ends leaves the penalty on: `keras_prune.release(model)` takes it off. Keras's own
-    Distiller drops the penalties of layers: use `keras_prune.finetune` or `keras_prune.distiller`.
+    Distiller drops the penalties of layers: use `keras_prune.finetune` or `keras_prune.distiller`. Of two in one `fit`
+    the last one counts.
 
     Raises:
         ValueError: an argument out of its range; in `fit` a model that has no such scales, or Keras's own Distiller.
@@ -185,13 +186,14 @@ class GroupLasso(Pruner):
         self.of, self.protect, self._stop = of, protect, stop
         self.removed = np.zeros(0, int)
         self._places: list[tuple[Group, list[Member]]] = []
+        self._shrinkings: dict[int, Shrinking] = {}  # by id of the variable
 
     def begin(self) -> None:
         epochs = self.params.get("epochs") or 1
         self.stop = self._stop or max(1, int(0.6 * epochs))
         self.removed, self._is_settled = np.zeros(0, int), False
         self._places = _shrunk(self.channels, self.of, self.protect)
-        per_variable: dict[int, Shrinking] = {}
+        self._shrinkings = per_variable = {}
         for group, members in self._places:
             for member in members:
                 variable = member.weight.variable
@@ -203,6 +205,7 @@ class GroupLasso(Pruner):
             raise ValueError(
                 f"GroupLasso finds no {self.of} to shrink in {self.model.name!r}: none are trained, belong to units "
                 "that can be pruned, and are not protected."
+                + (" Without BatchNormalization (scale=True) use of='kernels'." if self.of == "scales" else "")
             )
         compile_anew(self.trainer, self.model)
 
@@ -251,8 +254,9 @@ class GroupLasso(Pruner):
                 stacklevel=2,
             )
         for weight in self.channels.weights:
-            if isinstance(weight.variable.constraint, KeepZeros):
-                weight.variable.constraint.shrink = None
+            held = weight.variable.constraint
+            if isinstance(held, KeepZeros) and held.shrink is self._shrinkings.get(id(weight.variable)):
+                held.shrink = None  # not that of another GroupLasso
         compile_anew(self.trainer, self.model)
 
     def _blocks(self, group: Group, members: list[Member]) -> list[np.ndarray]:

@@ -17,6 +17,7 @@ from keras_prune.channels import Channels
 from keras_prune.internals import layers_of
 from keras_prune.plans import Plan, described
 from keras_prune.probes import unlabelled
+from keras_prune.program import samples_in
 from keras_prune.responses import spectra
 from keras_prune.rules import Ids
 from keras_prune.scoring import DELTA, READERS, scores_of
@@ -147,11 +148,11 @@ def plan(
     reached = choice.sparsity(counts, drawn)
     by, how = name_of(criterion), f"{name_of(budget)} budget"
     by += f" on {samples:,} samples" if by_readers else ""
-    how += f" on {_samples(inputs):,} samples" if budget == "pca" else ""
+    how += f" on {samples_in(inputs):,} samples" if budget == "pca" else ""
     goal = f"remove {sparsity:.0%} of the {name_of(measure)}" if target is None else f"keep {limits}"
     if explained is not None:
         goal = f"explain {explained:.6g} of the variance of the responses"
-    refitted = f", refitted on {_samples(inputs):,} samples" if reconstruct else ""
+    refitted = f", refitted on {samples_in(inputs):,} samples" if reconstruct else ""
     if explained is not None:
         asked, notes = reached, []
     elif drawn:
@@ -203,10 +204,6 @@ def _explains(found: list[budgets.Spectrum], units: int, explained: float | None
     count = budgets.components(most.eigenvalues, explained)
     which = f" of {most.name}" if len(found) > 1 else ""
     return f"{count} of {len(most.eigenvalues)} components{which} explain {explained:.6g}"
-
-
-def _samples(inputs) -> int:
-    return next(len(a) for a in keras.tree.flatten(inputs) if a is not None)
 
 
 def _goal(channels, sparsity, target, measure) -> tuple[metrics.Measure, metrics.Limits]:
@@ -281,6 +278,7 @@ def prune(model: keras.Model, sparsity: float = 0.5, **arguments) -> keras.Model
 
 def name_of(choice) -> str:
     """What a name or a function is called."""
+    choice = choice.func if isinstance(choice, functools.partial) else choice
     return choice if isinstance(choice, str) else getattr(choice, "__name__", type(choice).__name__)
 
 

@@ -12,11 +12,21 @@ import numpy as np
 
 from keras_prune.channels import Channels, Group
 from keras_prune.groups import Member
-from keras_prune.internals import inputs_of
+from keras_prune.internals import compile_arguments_of, inputs_of
 from keras_prune.program import Program
-from keras_prune.recalibration import input_batches
-from keras_prune.sites import Site, sites_of, tail_of
+from keras_prune.recalibration import are_arrays, input_batches, is_all
+from keras_prune.rules.activations import UNARY
+from keras_prune.sites import sites_of, tail_of
 from keras_prune.surgery import checked_inputs, copied
+
+PER_CHANNEL = {
+    *("Activation", "ReLU", "LeakyReLU", "PReLU", "ELU", *UNARY),
+    *("Dropout", "GaussianNoise", "Identity", "Flatten", "Reshape", "Permute", "Concatenate"),
+    *(f"SpatialDropout{rank}D" for rank in (1, 2, 3)),
+    *(f"{how}{rank}D" for how in ("ZeroPadding", "Cropping", "UpSampling", "DepthwiseConv") for rank in (1, 2, 3)),
+    *(f"{where}{how}Pooling{rank}D" for where in ("", "Global") for how in ("Average", "Max") for rank in (1, 2, 3)),
+}
+"""Layers and operations that do not mix channels: what is multiplied before them is so, more or less, behind them."""
 
 
 class _Recorder(keras.optimizers.Optimizer):
@@ -38,19 +48,22 @@ class _Recorder(keras.optimizers.Optimizer):
 
 
 def batches(data, batch_size: int = 32) -> Iterator[tuple]:
-    """(x, y) batches from a pair of arrays or from an iterable of such batches.
+    """(x, y) or (x, y, sample weights) batches: of such arrays, or of lists or dictionaries of them where a model has
+    several inputs or outputs, or from an iterable of such batches.
 
     Raises:
         ValueError: no labels, or nothing in it.
     """
-    if isinstance(data, tuple) and len(data) == 2 and hasattr(data[0], "shape"):
-        x, y = data
-        if len(x) != len(y) or len(x) == 0:
+    if isinstance(data, tuple) and len(data) in (2, 3) and is_all(*data[:2]):
+        data = tuple(part if are_arrays(part) else np.asarray(part) for part in data)
+        counts = [{len(a) for a in keras.tree.flatten(part) if a is not None} for part in data]
+        if len(set.union(*counts)) != 1 or 0 in counts[0]:
+            samples, labels = (" and ".join(map(str, sorted(count))) for count in counts[:2])
             raise ValueError(
-                f"data=(x, y) has {len(x)} samples and {len(y)} labels; expected the same number, above 0."
+                f"data=(x, y) has {samples} samples and {labels} labels; expected the same number, above 0."
             )
-        for start in range(0, len(x), batch_size):
-            yield x[start : start + batch_size], y[start : start + batch_size]
+        for start in range(0, *counts[0], batch_size):
+            yield keras.tree.map_structure(lambda a, s=start: None if a is None else a[s : s + batch_size], data)
         return
     if not isinstance(data, Iterable) or hasattr(data, "shape"):
         raise ValueError("This criterion needs labelled data: data=(x, y), or an iterable of (x, y) batches.")
@@ -108,7 +121,10 @@ def folded(channels: Channels) -> dict[int, np.ndarray]:
     """
     program = Program(channels.model)
     found = {id(w.variable): keras.ops.convert_to_numpy(w.variable) for w in channels.weights}
-    for site, norm in _normalised(channels, program):
+    for site in sites_of(channels, program):
+        norm = tail_of(program, site).norm
+        if norm is None:
+            continue
         rank = len(program.steps[site.steps[0]].node.outputs[0].shape)
         scale = 1 / np.sqrt(keras.ops.convert_to_numpy(norm.moving_variance) + norm.epsilon)
         if norm.scale:
@@ -122,29 +138,69 @@ def gates_of(channels: Channels) -> Callable[[Group], list[list[Member]]]:
     """Of a group, one list of members for each layer that makes its units: those whose gradients x weights add up to
     the gradient at a gate of 1 that multiplies a unit there.
 
-    These are gamma and beta of the BatchNormalization right behind a kernel, else kernel and bias; a frozen
-    normalisation is a constant factor, and the gate may as well stand before it. A normalisation that is trained and
-    has no gamma leaves nothing that tells it: no list.
+    These are gamma and beta of the BatchNormalization behind a kernel, else kernel and bias. Behind means with nothing
+    in between that mixes channels, and of several the last: before a norm a gate has no say, as the norm divides it
+    away, also through a ReLU, a pooling or a depthwise convolution. A frozen normalisation is a constant factor, and
+    the gate may as well stand before it. A normalisation that is trained and has no gamma leaves nothing that tells
+    it: no list.
 
     Source:
         z = g (gamma x + beta): dL/dg = sum of z dL/dz at g = 1 = gamma dL/dgamma + beta dL/dbeta.
     """
-    norms = {id(s.kernel): norm for s, norm in _normalised(channels, Program(channels.model)) if norm.trainable}
+    program, known = Program(channels.model), {}
+    norms = {
+        id(site.kernel): _norms_behind(program, [s for step in site.steps for s in program.steps[step].gives], known)
+        for site in sites_of(channels, program)
+        if not site.path
+    }
 
     def gates(group: Group) -> list[list[Member]]:
         makers = [m for m in group.members if not m.reads and not m.weight.is_statistic]
+        layers = {id(m.weight.layer) for m in group.members}
         found: dict[tuple, dict[int, Member]] = {}
         for member in group.producers:
-            norm = norms.get(id(member.weight.variable))
-            if norm is None:
-                layer, path, _ = _place(member)
+            behind = [norm for norm in norms.get(id(member.weight.variable), ()) if id(norm) in layers]
+            if not behind:
+                place = layer, path, _ = _place(member)
                 parts = [m for m in makers if _place(m) == (layer, path, "bias")] + [member]
+                key = place[:2]
             else:
-                layer, path, parts = id(norm), "", [m for m in makers if m.weight.layer is norm and norm.scale]
-            found.setdefault((layer, path), {}).update((id(m.weight.variable), m) for m in parts)
+                key = tuple(map(id, behind))
+                parts = [m for m in makers if m.weight.layer in behind] if all(n.scale for n in behind) else []
+            found.setdefault(key, {}).update((id(m.weight.variable), m) for m in parts)
         return [list(parts.values()) for parts in found.values() if parts]
 
     return gates
+
+
+def _norms_behind(program: Program, slots, known: dict[int, tuple]) -> tuple[keras.layers.BatchNormalization, ...]:
+    """The trained normalisations that everything in these slots ends in, unmixed; none if something does not."""
+    found: dict[int, keras.layers.BatchNormalization] = {}
+    for slot in slots:
+        if slot not in known:
+            known[slot] = _norms_of_slot(program, slot, known)
+        if not known[slot]:
+            return ()
+        found.update((id(norm), norm) for norm in known[slot])
+    return tuple(found.values())
+
+
+def _norms_of_slot(program: Program, slot: int, known: dict[int, tuple]) -> tuple:
+    found: dict[int, keras.layers.BatchNormalization] = {}
+    for user in program.users(slot):
+        if user == len(program.steps):
+            return ()
+        step = program.steps[user]
+        is_norm = isinstance(step.operation, keras.layers.BatchNormalization)
+        if not is_norm and type(step.operation).__name__ not in PER_CHANNEL:
+            return ()
+        behind = _norms_behind(program, step.gives, known)
+        if not behind and is_norm and step.operation.trainable:
+            behind = (step.operation,)
+        if not behind:
+            return ()
+        found.update((id(norm), norm) for norm in behind)
+    return tuple(found.values())
 
 
 def _place(member: Member) -> tuple[int, str, str]:
@@ -153,17 +209,12 @@ def _place(member: Member) -> tuple[int, str, str]:
     return id(member.weight.layer), path, name
 
 
-def _normalised(channels: Channels, program: Program) -> list[tuple[Site, keras.layers.BatchNormalization]]:
-    """Kernels, and the BatchNormalization right behind, of those that have one with a scale for each output."""
-    tails = [(site, tail_of(program, site).norm) for site in sites_of(channels, program)]
-    return [(site, norm) for site, norm in tails if norm is not None]
-
-
 def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> list[dict[int, np.ndarray]]:
     """One shadow per batch: `{id(variable): gradient of the loss x weight}`.
 
     Args:
-        channels: labels of a compiled model; its loss is used, its weights and statistics stay as they are.
+        channels: labels of a compiled model; its loss is used, without penalties on weights; its weights and statistics
+            stay as they are.
         data: (x, y) arrays or batches.
         max_batches: how many batches at most.
 
@@ -178,8 +229,10 @@ def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> li
             "model.compile(loss=...) first."
         )
     copy, twin = copied(channels)
+    for variable in copy.variables:
+        variable.regularizer = None  # a penalty pulls on a weight whatever the network makes of it
     recorder = _Recorder()
-    copy.compile(optimizer=recorder, loss=loss)
+    copy.compile(optimizer=recorder, loss=loss, loss_weights=compile_arguments_of(model).get("loss_weights"))
     trainable = {id(v) for v in copy.trainable_variables}
     shadows = []
     for number, batch in enumerate(batches(data)):
@@ -195,5 +248,8 @@ def gradient_times_weight(channels: Channels, data, max_batches: int = 16) -> li
             }
         )
     if not shadows:
-        raise ValueError("data holds no batch.")
+        raise ValueError(
+            "data holds no batch; expected (x, y), or an iterable of (x, y) batches. A generator can be read only "
+            "once: pass arrays, or a data set that can be read again."
+        )
     return shadows

@@ -134,11 +134,15 @@ class Program:
         return found + [len(self.steps)] * self.outputs.count(slot)
 
 
+def samples_in(data) -> int:
+    """How many samples arrays hold, in any structure; an optional input may be None."""
+    return next(len(a) for a in keras.tree.flatten(data) if a is not None)
+
+
 def batches_of(model: keras.Model, data, batch_size: int) -> Iterator:
     """Batches in the structure of the model's inputs, from arrays in that structure."""
     arrays = keras.tree.flatten(data)
-    samples = next(len(a) for a in arrays if a is not None)  # an optional input may be None
-    for start in range(0, samples, batch_size):
+    for start in range(0, samples_in(data), batch_size):
         batch = [None if a is None else a[start : start + batch_size] for a in arrays]
         yield keras.tree.pack_sequence_as(inputs_of(model), batch)
 

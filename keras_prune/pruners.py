@@ -17,6 +17,7 @@ from keras_prune import budgets, criteria, metrics, schedules
 from keras_prune.channels import Channels
 from keras_prune.planning import Plan, check_round_to, name_of, plan
 from keras_prune.rules import Ids
+from keras_prune.scoring import READERS
 from keras_prune.surgery import dead_units, write_zeros, zero_masks
 
 
@@ -295,6 +296,7 @@ class FilterPruning(Pruner):
         self.soft = soft
         check_round_to(round_to, type(self).__name__)
         metrics.get(measure), budgets.get(budget), criteria.get(criterion)  # unknown names fail now, not in fit
+        _check_data(criterion, budget, data, type(self).__name__)
         self.arguments = dict(
             measure=measure,
             criterion=criterion,
@@ -357,6 +359,14 @@ class FilterPruning(Pruner):
             "params": float(metrics.params(self.channels, self.removed)),
             "macs": float(metrics.macs(self.channels, self.removed)),
         }
+
+
+def _check_data(criterion, budget, data, where: str) -> None:
+    """Raise a ValueError if a criterion or budget looks at data and there are none."""
+    for kind, name in (("criterion", criterion), ("budget", budget)):
+        if data is None and isinstance(name, str) and (name in criteria.LABELLED or name in READERS or name == "pca"):
+            expected = "(x, y), or (x, y) batches" if name in criteria.LABELLED else "unlabelled inputs of the model"
+            raise ValueError(f"{kind}={name!r} was passed to {where} without data; expected data=, {expected}.")
 
 
 class GradualPruning(FilterPruning):

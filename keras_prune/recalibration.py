@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import keras
-import numpy as np
 
 from keras_prune.internals import layers_of
+from keras_prune.program import samples_in
 
 
 def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max_batches: int = 100) -> int:
@@ -52,12 +52,23 @@ def recalibrate_batchnorm(model: keras.Model, data, *, batch_size: int = 64, max
 
 def input_batches(data, batch_size: int):
     """Batches of inputs from arrays, (x, y), or an iterable of batches with or without labels."""
-    if isinstance(data, tuple) and len(data) == 2 and all(hasattr(part, "shape") for part in data):
-        data = data[0]  # (x, y)
-    arrays = keras.tree.flatten(data) if isinstance(data, (np.ndarray, dict, list)) or hasattr(data, "shape") else []
-    if arrays and all(hasattr(a, "shape") for a in arrays):
-        for start in range(0, len(arrays[0]), batch_size):
-            yield keras.tree.map_structure(lambda a, s=start: a[s : s + batch_size], data)
+    if isinstance(data, tuple) and len(data) == 2 and is_all(*data):
+        data = list(data[0]) if isinstance(data[0], tuple) else data[0]
+    are_batches = isinstance(data, list) and any(isinstance(part, tuple) for part in data)
+    if (isinstance(data, (dict, list)) or hasattr(data, "shape")) and are_arrays(data) and not are_batches:
+        for start in range(0, samples_in(data), batch_size):
+            yield keras.tree.map_structure(lambda a, s=start: None if a is None else a[s : s + batch_size], data)
         return
     for batch in data:
         yield batch[0] if isinstance(batch, tuple) else batch
+
+
+def is_all(x, y) -> bool:
+    """Whether x and y are all inputs and all labels, and not two batches of both: two tuples are taken for batches."""
+    return are_arrays(x) and not (isinstance(x, tuple) and isinstance(y, tuple))
+
+
+def are_arrays(data) -> bool:
+    """Whether data is an array, or lists or dictionaries of arrays; an optional input may be None."""
+    arrays = [a for a in keras.tree.flatten(data) if a is not None]
+    return bool(arrays) and all(hasattr(a, "shape") for a in arrays)

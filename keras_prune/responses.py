@@ -23,7 +23,7 @@ import numpy as np
 from keras_prune.budgets import Spectrum
 from keras_prune.channels import Channels
 from keras_prune.groups import Group, Member
-from keras_prune.program import Program, batches_of
+from keras_prune.program import Program, batches_of, samples_in
 from keras_prune.reconstruction import inputs_of_layer, watched
 from keras_prune.sites import Site, sites_of
 from keras_prune.surgery import checked_inputs
@@ -91,9 +91,9 @@ def spectra(
     sites = sites_of(channels, program)
     makers, reasons = _makers(channels.groups if groups is None else groups, sites, alive)
     used = [site for site in sites if any(maker.site is site for found in makers.values() for maker in found)]
-    samples, seen = _samples(data), 0
+    samples, seen = samples_in(data), 0
     for batch in watched(list(batches_of(channels.model, data, batch_size)), "responses", progress):
-        values, at, size = program.start(batch), 0, _samples(batch)
+        values, at, size = program.start(batch), 0, samples_in(batch)
         for site in used:
             first, last = site.steps[0], site.steps[-1]
             values, at = program.run(values, at, first), first
@@ -367,10 +367,6 @@ def _warn_of_equals(channels: Channels, scores: dict[int, np.ndarray], what: str
             f"{'; '.join(alike[:3])}{'; ...' if len(alike) > 3 else ''}. Units there leave in the order they have.",
             stacklevel=4,
         )
-
-
-def _samples(data) -> int:
-    return next(len(a) for a in keras.tree.flatten(data) if a is not None)
 
 
 def _check_count(name: str, value, where: str) -> None:

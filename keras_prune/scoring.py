@@ -11,6 +11,7 @@ import numpy as np
 from keras_prune import criteria
 from keras_prune.channels import Channels, Group
 from keras_prune.probes import folded, gates_of, gradient_times_weight, unlabelled
+from keras_prune.program import samples_in
 from keras_prune.responses import map_ranks, nonzero
 from keras_prune.sensitivity import sample_size, sensitivities
 from keras_prune.surgeon import curves, plain_curves
@@ -59,8 +60,8 @@ def scores_of_rows(channels, name, function: Callable, data, reasons: dict, aliv
         )
     if not scores and len(reasons) == len(channels.groups) and name in criteria.SCALES:
         raise ValueError(
-            "criterion='bn_scale' needs BatchNormalization behind the layers; this model has none there. "
-            "Use criterion='l2'."
+            "criterion='bn_scale' needs BatchNormalization with scale=True behind the layers; this model has none "
+            "there. Use criterion='l2'."
         )
     return scores
 
@@ -77,7 +78,7 @@ def scores_of_readers(channels, name, inputs, delta, reasons: dict, alive) -> tu
 
 def _by_curves(channels, inputs, groups, delta, curves_of=curves):
     found, unknown = curves_of(channels, inputs, groups=groups)
-    return {k: curve.scores() for k, curve in found.items()}, unknown, _count(inputs)
+    return {k: curve.scores() for k, curve in found.items()}, unknown, samples_in(inputs)
 
 
 def _by_sensitivity(channels, inputs, groups, delta, kernel_reduction="sum"):
@@ -89,16 +90,12 @@ def _by_sensitivity(channels, inputs, groups, delta, kernel_reduction="sum"):
 def _by_responses(channels, inputs, groups, delta, measured, at_most=None):
     inputs = inputs if at_most is None else _some(inputs, at_most)
     found, unknown = measured(channels, inputs, groups=groups)
-    return found, unknown, _count(inputs)
-
-
-def _count(inputs) -> int:
-    return next(len(a) for a in keras.tree.flatten(inputs) if a is not None)
+    return found, unknown, samples_in(inputs)
 
 
 def _some(inputs, wanted: int):
     """So many samples, by chance, as data may be sorted by class."""
-    count = _count(inputs)
+    count = samples_in(inputs)
     if wanted >= count:
         return inputs
     chosen = np.sort(np.random.default_rng(0).permutation(count)[:wanted])

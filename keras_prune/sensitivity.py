@@ -24,7 +24,7 @@ import numpy as np
 from keras_prune import theory
 from keras_prune.channels import Channels
 from keras_prune.groups import Group
-from keras_prune.program import Program, batches_of
+from keras_prune.program import Program, batches_of, samples_in
 from keras_prune.reconstruction import inputs_of_layer, watched
 from keras_prune.sites import Site, applications, neurons, sites_of, unmeasured
 from keras_prune.surgery import checked_inputs
@@ -217,7 +217,7 @@ def _show(readers: Sequence, program: Program, data, batch_size: int, memory: in
     for number, x in shown(sites, program, data, batch_size, what, progress):
         for block, _, _, rows, weights in pieces(sites[number], x, memory):
             readers[number].take(block, rows, weights)
-    return next(len(a) for a in keras.tree.flatten(data) if a is not None)
+    return samples_in(data)
 
 
 def shown(

@@ -15,7 +15,11 @@ from keras_prune import Channels, cli, metrics
 
 
 def run(capsys, *arguments):
-    code = cli.main(["compress", *(str(a) for a in arguments)])
+    return run_any(capsys, "compress", *arguments)
+
+
+def run_any(capsys, *arguments):
+    code = cli.main([str(a) for a in arguments])
     return code, *capsys.readouterr()
 
 
@@ -72,6 +76,38 @@ def test_arrays_and_json_on_the_terminal(folder, tmp_path, capsys):
     assert code == 0 and content == json.loads(report.read_text()) and content["samples"] + content["held_back"] == 16
     assert keras.saving.load_model(small).get_layer("second").filters == 16 and "search" in str(content)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["figures.json", "small.keras"]
+
+
+def test_plan_and_prune_look_at_images_where_criterion_or_budget_do(folder, tmp_path, capsys):
+    model, small = folder / "model.keras", tmp_path / "small.keras"
+    images = ["--images", folder / "photos", "--round-to", "1", "--json"]
+    code, out, err = run_any(capsys, "plan", model, "--budget", "pca", "--explained", "0.9", *images)
+    content = json.loads(out)
+    assert code == 0 and "24 samples" in err and content["sentence"].startswith("explain 0.9 of the variance")
+    assert all("components explain 0.9" in group["note"] for group in content["groups"])
+    code, out, _ = run_any(
+        capsys, "prune", model, small, "--criterion", "apoz", "--sparsity", "0.3", *images, "--count", 16
+    )
+    assert code == 0 and "by apoz" in json.loads(out)["sentence"] and "on 16 samples" in json.loads(out)["sentence"]
+    assert keras.saving.load_model(small).count_params() < keras.saving.load_model(model).count_params()
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--budget", "pca"], "budget pca needs data: add --images"),
+        (["--budget", "pca", "--explained", "0.9"], "budget pca needs data: add --images"),
+        (["--criterion", "thinet"], "criterion thinet needs data: add --images"),
+        (["--explained", "0.9"], "belongs to budget='pca'"),
+        (["--images", "{folder}/photos"], "criterion l2 looks at no data"),
+        (["--images", "{folder}/photos", "--budget", "pca", "--explained", "2"], "expected a fraction of the variance"),
+        (["--images", "nowhere", "--budget", "pca"], "no such file or folder"),
+    ],
+)
+def test_what_plan_cannot_do_with_images_or_without_is_said(folder, capsys, arguments, message):
+    words = [a.format(folder=folder) for a in arguments]
+    code, out, err = run_any(capsys, "plan", folder / "model.keras", *words)
+    assert code == 2 and message in err and not out
 
 
 DATA = ["--images", "{folder}/data.npz"]

@@ -1,5 +1,6 @@
 """Folded norms, the mix of norm and distance, gates and weights by gradient, and ThiNet's greedy reconstruction."""
 
+import functools
 import json
 
 import keras
@@ -9,7 +10,19 @@ from keras import layers
 from small import compiled, patterns, residual_net
 from zoo import ZOO, example, randomize
 
-from keras_prune import Channels, DropPruning, FilterPruning, cli, criteria, cut, plan, scoring, surgeon, thinet
+from keras_prune import (
+    Channels,
+    DropPruning,
+    FilterPruning,
+    GradualPruning,
+    cli,
+    criteria,
+    cut,
+    plan,
+    scoring,
+    surgeon,
+    thinet,
+)
 from keras_prune.least_squares import Normal, refit
 from keras_prune.probes import folded, gates_of, gradient_times_weight
 from keras_prune.scoring import scores_of
@@ -184,15 +197,19 @@ class Gate(layers.Layer):
 
 
 def gated(gate):
-    """A residual sum whose ends have norms, a norm without beta, a depthwise one, and Dense layers without norms."""
+    """A residual sum whose ends have norms, one of them behind a ReLU; a norm without beta behind a depthwise
+    convolution; a kernel that is read in two places, both of which have norms; and Dense layers without norms."""
     keras.utils.set_random_seed(0)
     inputs = keras.Input((6, 6, 3))
-    x = gate("stem")(layers.BatchNormalization()(layers.Conv2D(5, 3, padding="same", name="stem")(inputs)))
-    x = layers.ReLU()(x)
-    y = layers.BatchNormalization(center=False)(layers.Conv2D(7, 1, use_bias=False, name="inner")(x))
-    y = layers.ReLU()(gate("inner")(y))
-    y = gate("deep")(layers.BatchNormalization()(layers.DepthwiseConv2D(3, padding="same", name="deep")(y)))
-    y = layers.BatchNormalization()(layers.Conv2D(5, 1, name="outer")(layers.Activation("tanh")(y)))
+    x = layers.Conv2D(5, 3, padding="same", activation="relu", name="stem")(inputs)
+    x = layers.ReLU()(gate("stem")(layers.BatchNormalization()(x)))
+    y = layers.ReLU()(layers.BatchNormalization()(layers.Conv2D(7, 1, use_bias=False, name="inner")(x)))
+    y = layers.BatchNormalization(center=False)(layers.DepthwiseConv2D(3, padding="same", name="deep")(y))
+    y = layers.Conv2D(4, 1, name="both")(layers.Activation("tanh")(gate("deep")(y)))
+    both = gate("both")
+    y = [layers.BatchNormalization()(y), layers.BatchNormalization()(layers.MaxPooling2D(2, 1, "same")(y))]
+    y = layers.Concatenate()([layers.Activation("tanh")(both(each)) for each in y])
+    y = layers.BatchNormalization()(layers.Conv2D(5, 1, name="outer")(y))
     x = layers.Flatten()(layers.ReLU()(layers.Add()([x, gate("outer")(y)])))
     x = layers.Activation("tanh")(gate("hidden")(layers.Dense(6, name="hidden")(x)))
     x = layers.ReLU()(gate("last")(layers.Dense(4, use_bias=False, name="last")(x)))
@@ -229,12 +246,13 @@ def test_gates_have_the_gradient_of_gates_that_are_really_there():
     channels = Channels(model)
     blocks = scoring._of_gradients(channels, "taylor", (x, y))
     shadows = gradient_times_weight(channels, (x, y))
-    producers = (("stem", "outer"), ("inner", "deep"), ("hidden",), ("last",))
+    producers = (("stem", "outer"), ("deep",), ("both",), ("hidden",), ("last",))  # "inner" is normalised by "deep"
     found = scores(channels, "taylor", (x, y))
     for names in producers:
         group = made_by(channels, names[0])
         squares = []
-        for name, block, producer in zip(names, blocks(group), group.producers, strict=True):
+        for name, block in zip(names, blocks(group), strict=True):
+            (producer,) = [m for m in group.producers if m.weight.layer.name == name]
             kernel = np.stack([channels.blocks(group, s, [producer])[0].sum(1) for s in shadows], axis=1)
             true = np.stack([batch[name] for batch in wanted], axis=1)
             assert np.allclose(block, true, rtol=1e-3, atol=1e-4 * np.abs(true).max())
@@ -242,7 +260,7 @@ def test_gates_have_the_gradient_of_gates_that_are_really_there():
                 assert np.allclose(block, kernel)
             else:
                 assert not np.allclose(kernel, true, rtol=0.1)
-            if name not in ("hidden", "last"):  # the scale of a kernel before a norm that is training does nothing
+            if name not in ("hidden", "last"):  # the scale of a kernel before a norm that is training does little
                 assert np.abs(kernel).max() < 0.1 * np.abs(true).max()
             squares.append(np.square(true).mean(1))
         expected = np.mean([s / s.mean() for s in squares], axis=0)
@@ -263,6 +281,48 @@ def test_weights_by_gradient_have_their_values_in_a_linear_model():
     found = scores(Channels(model), "taylor_weight", (x, y))[0]
     assert np.allclose(found, wanted / wanted.mean(), rtol=1e-4)
     assert not np.allclose(scores(Channels(model), "taylor", (x, y))[0], found, rtol=1e-2)
+
+
+def two_in_two_out(rate=0.0, loss_weights=None):
+    keras.utils.set_random_seed(0)
+    a, b = keras.Input((4,), name="z"), keras.Input((4,), name="a")
+    penalty = keras.regularizers.L2(rate) if rate else None
+    x = layers.Dense(6, "relu", kernel_regularizer=penalty, name="first")(layers.Subtract()([a, b]))
+    model = keras.Model([a, b], [layers.Dense(2, name="one")(x), layers.Dense(1, name="two")(x)])
+    model.compile("sgd", ["mse", "mae"], loss_weights=loss_weights)
+    return model
+
+
+INPUTS, LABELS = [normal(40, 4), normal(40, 4, seed=1)], [normal(40, 2, seed=2), normal(40, 1, seed=3)]
+
+
+def test_several_inputs_and_outputs_are_taken_as_fit_takes_them():
+    channels = Channels(two_in_two_out())
+    parts = [tuple([a[part] for a in arrays] for arrays in (INPUTS, LABELS)) for part in (slice(0, 32), slice(32, 40))]
+    wanted = scores(channels, "taylor", parts)[0]
+    named = dict(zip("za", INPUTS))
+    weighted = (INPUTS, LABELS, np.ones(40))
+    for data in ((INPUTS, LABELS), (tuple(INPUTS), LABELS), (named, LABELS), weighted):
+        assert np.allclose(scores(channels, "taylor", data)[0], wanted, rtol=1e-5)
+    assert not np.allclose(scores(channels, "taylor", (INPUTS[::-1], LABELS))[0], wanted, rtol=1e-2)
+    with pytest.raises(ValueError, match="40 samples and 3 and 40 labels"):
+        scores(channels, "taylor", (INPUTS, [LABELS[0], LABELS[1][:3]]))
+    wanted = scores(channels, "apoz", INPUTS)[0]
+    for data in ((INPUTS, LABELS), (named, LABELS), (tuple(INPUTS), LABELS[0]), parts):
+        assert np.array_equal(scores(channels, "apoz", data)[0], wanted)
+
+
+def test_weights_of_losses_count_and_penalties_on_weights_do_not():
+    """A gate behind a unit does not change the size of its weights."""
+    found = []
+    for model in (two_in_two_out(), two_in_two_out(loss_weights=[0.5, 0.0]), two_in_two_out(rate=10.0)):
+        shadow = gradient_times_weight(Channels(model), (INPUTS, LABELS))[0]
+        found.append([shadow[id(model.get_layer(name).kernel)] for name in ("first", "one", "two")])
+    plain, weighted, penalised = found
+    assert all(np.allclose(*pair) for pair in zip(plain, penalised))
+    first, one, two = zip(plain, weighted)
+    assert np.allclose(0.5 * one[0], one[1]) and np.any(two[0]) and not np.any(two[1])
+    assert np.any(first[1]) and not np.allclose(0.5 * first[0], first[1], rtol=0.1)
 
 
 @pytest.mark.parametrize("name", ("lstm_masked", "attention_self", "vit", "inverted_residual", "time_distributed"))
@@ -519,6 +579,24 @@ def test_without_the_data_that_it_needs_a_name_says_what_is_missing(name):
             plan(compiled(), 0.4, criterion=name)
     else:
         assert plan(compiled(), 0.4, criterion=name).reached > 0.3
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (dict(criterion="taylor"), r"criterion='taylor' .* GradualPruning .* \(x, y\)"),
+        (dict(criterion="apoz"), "criterion='apoz' .* unlabelled inputs"),
+        (dict(budget="pca"), "budget='pca' .* unlabelled inputs"),
+    ],
+)
+def test_a_callback_without_the_data_that_it_needs_says_so_before_training(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        GradualPruning(0.4, begin=3, **arguments)
+
+
+def test_a_mix_of_another_share_is_called_what_it_is():
+    mix = functools.partial(criteria.fpgm_mix, by_norm=0.2)
+    assert "by fpgm_mix," in plan(residual_net((16,)), 0.3, criterion=mix).sentence
 
 
 def test_single_weights_know_the_square_of_gradient_times_weight_by_two_names():

@@ -204,6 +204,18 @@ def test_without_it_nothing_is_zero():
     assert strip(model).count_params() == model.count_params()
 
 
+def test_of_two_with_layers_of_their_own_each_ends_at_its_own_stop():
+    model, seen = learning_net(keras.optimizers.SGD(0.1)), []
+    kernel, gamma = (model.get_layer(name).trainable_variables[0] for name in ("second", "norm"))
+    look = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda e, logs: seen.append([v.constraint.shrink is not None for v in (kernel, gamma)])
+    )
+    both = GroupLasso(1e-3, stop=1, protect=["first"]), GroupLasso(1e-3, of="scales", stop=2, protect=["second"])
+    x, y = patterns(32)
+    fit(model, *both, look, epochs=3, x=x, y=y)
+    assert seen == [[True, True], [False, True], [False, False]]
+
+
 def test_a_layer_that_gives_up_everything_is_named():
     model = linear_net()
     model.compile(keras.optimizers.SGD(0.1), nothing)
@@ -399,7 +411,7 @@ def test_protected_layers_and_models_without_such_norms():
     model.compile("sgd", "mse")
     with pytest.raises(ValueError, match="GroupLasso"):
         fit(model, NetworkSlimming())
-    with pytest.raises(ValueError, match="no scales to shrink"):
+    with pytest.raises(ValueError, match="no scales to shrink.*use of='kernels'"):
         fit(model, GroupLasso(0.1, of="scales"))
     with pytest.raises(ValueError, match="no kernels to shrink"):
         fit(model, GroupLasso(0.1, protect=["hidden"]))

@@ -173,7 +173,8 @@ def test_delta_changes_widths_where_readers_differ_and_only_there():
 
 
 @pytest.mark.parametrize(
-    "criterion", ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp", "pfp_max", "hrank", "thinet")
+    "criterion",
+    ("l1", "l2", "linf", "fpgm", "bn_scale", "taylor", "random", "obs", "pfp", "pfp_max", "hrank", "thinet"),
 )
 def test_every_criterion_will_do(criterion):
     model, (x, y) = compiled(widths=(8, 12)), patterns(16)

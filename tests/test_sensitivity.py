@@ -284,7 +284,7 @@ def test_filters_are_pruned_by_pfp_while_the_model_trains():
 
 
 @pytest.mark.parametrize("command", ("plan", "prune"))
-def test_the_command_says_that_pfp_needs_python(command, tmp_path, capsys):
+def test_the_command_says_that_pfp_needs_data(command, tmp_path, capsys):
     residual_net((8,)).save(tmp_path / "model.keras")
     rest = [str(tmp_path / "small.keras")] if command == "prune" else []
     code = cli.main([command, str(tmp_path / "model.keras"), *rest, "--criterion", "pfp"])

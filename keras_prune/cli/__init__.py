@@ -100,8 +100,9 @@ def _parser() -> argparse.ArgumentParser:
     for sub in (plan, prune):
         arguments.sentence(sub)
         arguments.goal(sub)
+        arguments.images(sub)
         arguments.protect(sub)
-        sub.add_argument("--seed", type=int, help="for --criterion random")
+        sub.add_argument("--seed", type=int, help="for --criterion random, and of the choice of images")
     return parser
 
 
@@ -140,7 +141,7 @@ def _demo(given) -> int:
 
 
 def _compress(given) -> int:
-    from keras_prune import compression, files, samples
+    from keras_prune import compression, files
 
     report_path = given.report or str(Path(given.output).with_suffix(".json"))
     for path in (given.output, given.tflite, report_path):
@@ -156,18 +157,7 @@ def _compress(given) -> int:
         recipes.get(given.recipe)
     model = _loaded(given.model, given.unsafe)
     say = (lambda text: print(text, file=sys.stderr)) if given.json else print
-    read = samples.read(
-        given.images,
-        model,
-        count=given.count,
-        preprocess=given.preprocess,
-        labels=given.labels,
-        seed=given.seed,
-        data_dir=given.data_dir,
-        key=given.key,
-        say=say,
-    )
-    say(f"{len(read):,} samples from {read.source}" + "".join(f"; {note}" for note in read.notes))
+    read = _read(given, model, say, given.labels)
     small, report = compression.compress(
         model,
         read.x,
@@ -202,6 +192,25 @@ def _compress(given) -> int:
             print(f"\n{exported}")
         print(f"\nwrote {', '.join(written)}")
     return 0
+
+
+def _read(given, model, say, labels=None):
+    """The samples of --images."""
+    from keras_prune import samples
+
+    read = samples.read(
+        given.images,
+        model,
+        count=given.count,
+        preprocess=given.preprocess,
+        labels=labels,
+        seed=given.seed or 0,
+        data_dir=given.data_dir,
+        key=given.key,
+        say=say,
+    )
+    say(f"{len(read):,} samples from {read.source}" + "".join(f"; {note}" for note in read.notes))
+    return read
 
 
 def _check_suffix(path: str, suffix: str) -> None:
@@ -287,16 +296,24 @@ def _planned(given):
             f"criterion {name} needs labelled data: call keras_prune.plan(model, criterion={name!r}, data=(x, y)) in "
             "Python."
         )
-    if name == "obs":
-        raise ValueError("criterion obs looks at data: use keras-prune compress ... --images folder/.")
-    if name in READERS:
+    if not given.images and (name in READERS or given.budget == "pca"):
+        kind, what = ("criterion", name) if name in READERS else ("budget", "pca")
         raise ValueError(
-            f"criterion {name} needs data: call keras_prune.plan(model, criterion={name!r}, data=x) in Python."
+            f"{kind} {what} needs data: add --images with a folder of images or an .npz file, or call "
+            f"keras_prune.plan(model, {kind}={what!r}, data=x) in Python."
+            + (" keras-prune compress also refits what is left." if what == "obs" else "")
+        )
+    if given.images and name not in READERS and given.budget != "pca":
+        raise ValueError(
+            f"--images: criterion {name} looks at no data; leave it out, or choose a criterion of "
+            f"{', '.join(READERS)} or --budget pca."
         )
     model = _loaded(given.model, given.unsafe)
     return plan(
         model,
         given.sparsity,
+        explained=given.explained,
+        data=_read(given, model, lambda text: print(text, file=sys.stderr)).x if given.images else None,
         target=_measures(given, model, _numbers(given.target)) if given.target else None,
         measure=_measure(given, model, given.measure),
         criterion=given.criterion,

@@ -24,12 +24,7 @@ def demo_arguments(demo) -> None:
 
 def compress_arguments(sub) -> None:
     sub.add_argument("output", help="the .keras file to write")
-    sub.add_argument(
-        "--images",
-        required=True,
-        metavar="SOURCE",
-        help="a folder of images, an .npz or .npy file, or tfds:NAME; unlabelled, a few hundred are enough",
-    )
+    images(sub, required=True)
     sub.add_argument(
         "--target",
         nargs="+",
@@ -38,19 +33,30 @@ def compress_arguments(sub) -> None:
         help="what may be left of macs, params, memory, latency_ms, tflite_bytes, arena_bytes: a fraction below 1 or a "
         "number; several are all met",
     )
-    sub.add_argument("--preprocess", help="none, unit, signed, imagenet or caffe, if the model does not do it itself")
     sub.add_argument("--labels", help="'folders', or a file of labels (.csv, .npy): only to print the accuracy")
-    sub.add_argument("--key", help="name of the array in an .npz file")
-    sub.add_argument("--count", type=int, default=512, help="how many images are used, chosen at random")
     sub.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
     sub.add_argument("--search", type=_minutes, default=0.0, metavar="TIME", help="look for better widths, e.g. 2m")
     sub.add_argument("--distill", type=_minutes, default=0.0, metavar="TIME", help="then learn from the original, 10m")
     sub.add_argument("--tflite", metavar="FILE", help="also write a .tflite file")
     files(sub)
     sub.add_argument("--report", metavar="FILE", help="write the figures as JSON; default: beside the output")
-    sub.add_argument("--data-dir", help="folder with data for tfds:NAME")
     sub.add_argument("--seed", type=int, default=0, help="of the choice of images and positions")
     protect(sub)
+
+
+def images(sub, required: bool = False) -> None:
+    """Unlabelled inputs, and how they are read."""
+    sub.add_argument(
+        "--images",
+        required=required,
+        metavar="SOURCE",
+        help="a folder of images, an .npz or .npy file, or tfds:NAME; unlabelled, a few hundred are enough"
+        + ("" if required else "; for criteria that look at data and for --budget pca"),
+    )
+    sub.add_argument("--preprocess", help="none, unit, signed, imagenet or caffe, if the model does not do it itself")
+    sub.add_argument("--key", help="name of the array in an .npz file")
+    sub.add_argument("--count", type=int, default=512, help="how many images are used, chosen at random")
+    sub.add_argument("--data-dir", help="folder with data for tfds:NAME")
 
 
 def _minutes(text: str) -> float:
@@ -77,6 +83,9 @@ def goal(sub) -> None:
         help="instead of --sparsity, what may be left of macs, params, memory, latency_ms, tflite_bytes, arena_bytes: "
         "a number, or a fraction below 1; several are all met",
     )
+    sub.add_argument(
+        "--explained", type=float, metavar="FRACTION", help="instead of --sparsity, with --budget pca: such as 0.99"
+    )
     files(sub)
 
 
@@ -93,8 +102,12 @@ def sentence(parser, measure: bool = True) -> None:
     )
     if measure:
         parser.add_argument("--measure", default="macs", help="macs, params, memory, units, latency_ms")
+    more = ", with --images: {}" if measure else ""
     parser.add_argument(
-        "--criterion", default="l2", help="l1, l2, linf, l1_folded, l2_folded, fpgm, fpgm_mix, bn_scale, random"
+        "--criterion",
+        default="l2",
+        help="l1, l2, linf, l1_folded, l2_folded, fpgm, fpgm_mix, bn_scale, random"
+        + more.format("obs, thinet, pfp, pfp_max, hrank, apoz"),
     )
-    parser.add_argument("--budget", default="global", help="global, uniform, greedy")
+    parser.add_argument("--budget", default="global", help="global, uniform, greedy" + more.format("pca"))
     parser.add_argument("--round-to", type=int, default=8, help="widths are multiples of this; 1 for none")
