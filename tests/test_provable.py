@@ -13,7 +13,7 @@ from keras import layers
 from small import compiled, patterns, residual_net
 from zoo import ZOO, example, randomize
 
-from keras_prune import Channels, ProvablePruning, budgets, dead_units, metrics, plan, planning, strip, theory
+from keras_prune import Channels, ProvablePruning, budgets, cut, dead_units, metrics, plan, planning, strip, theory
 from keras_prune import provable as module
 from keras_prune.sensitivity import sensitivities
 from keras_prune.surgery import reader_factors, relative_difference
@@ -514,7 +514,7 @@ def test_drawn_and_cut_equals_drawn_and_zeroed(name):
     result = plan(model, 0.4, measure="units", criterion="pfp", data=x, mode="random", seed=0, round_to=1)
     assert len(result.removed) and result.drawn and "units drawn (random)" in result.sentence
     assert relative_difference(result.zero(), result.cut(), x) < 1e-5
-    bare = planning.cut(result.channels, result.removed)
+    bare = cut(result.channels, result.removed)
     assert relative_difference(result.zero(), bare, x) > 1e-3  # the control: not reweighed
 
 
