@@ -576,11 +576,8 @@ def excerpt(results: dict, families: dict) -> str:
     return "\n".join(lines)
 
 
-GREY = {"random": "#7f8c8d", "scratch": "#b2babb"}
-
-
 def pictures(results: dict, folder: Path) -> None:
-    """PNGs: accuracy against what is left; every method a line, the Pareto front named."""
+    """PNGs: accuracy against what is left; of one share alone, the methods in their order."""
     from matplotlib.figure import Figure
 
     for network, title in NETWORKS.items():
@@ -588,44 +585,53 @@ def pictures(results: dict, folder: Path) -> None:
         families = [f for f in FAMILIES if select(rows, family=f)]
         if not families:
             continue
-        figure = Figure(figsize=(7 * len(families), 5.5), layout="constrained")
+        figure = Figure(figsize=(7 * len(families), 7), layout="constrained")
         for axes, family in zip(figure.subplots(1, len(families), squeeze=False)[0], families):
-            draw(axes, select(rows, family=family), family)
+            mine = select(rows, family=family)
+            (draw_lines if len({r["kept"] for r in mine}) > 1 else draw_order)(axes, mine, family)
+            axes.tick_params(labelsize=8)
+            axes.grid(color="#e3e6ea", linewidth=0.8)
+            axes.spines[["top", "right"]].set_visible(False)
         figure.suptitle(f"{title}: all methods, the same training", fontsize=12)
         figure.savefig(folder / f"methods_{network}.png", dpi=85)
 
 
-def draw(axes, rows: list[dict], family: str) -> None:
-    key, kepts = ("macs" if family == "units" else "density"), sorted({r["kept"] for r in rows})
-    points = {}
+def draw_lines(axes, rows: list[dict], family: str) -> None:
+    """Every method a line; those that nobody beats somewhere, and the controls, in colour; then the Pareto front."""
+    key, kepts, lines = ("macs" if family == "units" else "density"), sorted({r["kept"] for r in rows}), {}
     for method in FAMILIES[family]:
-        found_ = [select(rows, method=method, kept=k) for k in kepts]
-        line = [(100 * mean(r[key] for r in some), 100 * mean(accuracies(some))) for some in found_ if some]
-        if line:
-            points[method] = line
-            color = GREY.get(method, "#9db7d5")
-            axes.plot(
-                *zip(*line), "-o", color=color, linewidth=1.2 if method not in GREY else 2.2, markersize=3, zorder=2
-            )
-    for method, line in points.items():
-        if method in GREY:
-            axes.annotate(method, line[0], xytext=(4, -10), textcoords="offset points", fontsize=8, color=GREY[method])
-    every = [(x, y, m) for m, line in points.items() for x, y in line]
-    front = [p for p in every if not any(x <= p[0] + 0.3 and y > p[1] for x, y, _ in every)]
-    front.sort()
-    axes.plot(
-        [p[0] for p in front], [p[1] for p in front], "-o", color="#c0392b", linewidth=1.8, markersize=5, zorder=4
-    )
-    for x, y, method in front:
-        axes.annotate(
-            method, (x, y), xytext=(-4, 6), textcoords="offset points", fontsize=8, color="#c0392b", ha="right"
-        )
-    worst = min((y for m, line in points.items() if m != "scratch" for _, y in line), default=0)
-    axes.set_ylim(worst - 2, max(y for _, y, _ in every) + 1.5)
+        cells = [some for some in (select(rows, method=method, kept=k) for k in kepts) if some]
+        if cells:
+            lines[method] = [(100 * mean(r[key] for r in c), 100 * mean(accuracies(c))) for c in cells]
+    ranked = sorted(lines, key=lambda m: -lines[m][0][1] if len(lines[m]) > 1 else 0)[:7]
+    for method, line in lines.items():
+        style = {"color": "#b8c4d4", "linewidth": 1, "zorder": 2}
+        if method in CONTROLS:
+            style = {"color": "#555555", "linewidth": 2, "label": f"{method} (control)", "linestyle": "--", "zorder": 3}
+        elif method in ranked:
+            style = {"color": f"C{ranked.index(method)}", "linewidth": 2, "label": method, "zorder": 3}
+        axes.plot(*zip(*line), marker="o", markersize=4, **style)
+    points = sorted(point for line in lines.values() for point in line)
+    front = [p for p in points if not any(q != p and q[0] <= p[0] + 0.5 and q[1] >= p[1] for q in points)]
+    axes.plot(*zip(*front), color="black", linewidth=0.8, zorder=4, label="nobody is better with less")
+    lowest = [y for method, line in lines.items() if method != "scratch" for _, y in line]
+    axes.set_ylim(min(lowest) - 2, max(lowest) + 2)
     axes.set_xlabel(f"% {HEADS[family]} left", fontsize=9)
     axes.set_ylabel("test accuracy, %", fontsize=9)
-    axes.grid(color="#e3e6ea", linewidth=0.8)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+
+
+def draw_order(axes, rows: list[dict], family: str) -> None:
+    """The methods below each other, the best on top; a bar is the standard deviation over the seeds."""
+    found = {m: accuracies(select(rows, method=m)) for m in FAMILIES[family] if select(rows, method=m)}
+    order = sorted(found, key=lambda m: mean(found[m]))
+    for place, method in enumerate(order):
+        values = [100 * v for v in found[method]]
+        error = stdev(values) if len(values) > 1 else 0
+        color = "#555555" if method in CONTROLS else "#2f6db5"
+        axes.errorbar(mean(values), place, xerr=error, fmt="o", markersize=5, color=color, capsize=2)
+    axes.set_yticks(range(len(order)), [f"{m} (control)" if m in CONTROLS else m for m in order])
+    axes.set_xlabel(f"test accuracy, %, at {rows[0]['kept']:.0%} {HEADS[family]}", fontsize=9)
 
 
 # -- the command -----------------------------------------------------------------------------------------------------
